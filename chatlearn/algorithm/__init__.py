@@ -1,0 +1,1 @@
+"""The mathematics of policy optimisation: advantages, losses, KL, log-probabilities; pure functions of tensors."""

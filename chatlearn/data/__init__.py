@@ -1,0 +1,1 @@
+"""Prompts from files, and the order in which training meets them."""

@@ -1,0 +1,1 @@
+"""Stand-alone programs that turn downloaded data sets into our record files."""

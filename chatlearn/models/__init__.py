@@ -1,0 +1,1 @@
+"""What we know about each model family, one record a family."""

@@ -1,0 +1,1 @@
+"""Judging completions, in processes of their own and with a deadline."""

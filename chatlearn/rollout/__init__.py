@@ -1,0 +1,1 @@
+"""Engines that answer prompts, behind one protocol of seven verbs."""

@@ -1,0 +1,1 @@
+"""Training and scoring on FSDP2: a sharded model, an optimizer, and the plan of ranks."""
