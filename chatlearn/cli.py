@@ -1,0 +1,164 @@
+"""The command line: sub-commands, overrides, the dry run, and what an error looks like to the person who typed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from chatlearn.config.environment import Environment
+from chatlearn.config.layout import Layout, layout_of
+from chatlearn.config.preflight import disk_problems
+from chatlearn.config.read import read_config
+from chatlearn.config.resolve import imported, resolve
+from chatlearn.config.summary import inert_line, summary_rows
+from chatlearn.config.text import resolved_text
+from chatlearn.errors import ChatLearnError, ConfigError
+
+if TYPE_CHECKING:
+    from chatlearn.config.schema import GrpoConfig
+
+DONE: Final = 0
+FAILED: Final = 1
+WRONG: Final = 2  # the command or the configuration; nothing was started. 130, interrupted, comes from typer.
+
+PREPROCESSORS: Final = {
+    name: f"chatlearn.data.data_preprocess.{name}:main" for name in ("math_lighteval", "gsm8k", "arithmetic")
+}
+
+app = typer.Typer(
+    name="chatlearn",
+    help="Reinforcement learning for language models: GRPO with vLLM, PyTorch FSDP2 and Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def chatlearn() -> None:
+    """Tell typer that there are several sub-commands."""
+
+
+@app.command()
+def grpo(
+    config_file: Annotated[Path, typer.Option("--config-file", "-c", help="YAML file, see docs/config.md.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys to override.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all, print the plan, start nothing.")] = False,
+) -> None:
+    """Train a model with GRPO."""
+    config = read_config(config_file, overrides or ())
+    layout = check(config, Environment.read())
+    line = inert_line(config)
+    if line is not None:
+        typer.echo(line, err=True)
+    if dry_run:
+        show_plan(config, layout)
+        return
+    from chatlearn.grpo import run
+
+    run(config)
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def prepare(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of: {', '.join(PREPROCESSORS)}.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="As for that preprocessor; try NAME --help.")] = None,
+) -> None:
+    """Write train.json and test.json from a downloaded data set, or generate them."""
+    main_of = imported(resolve(PREPROCESSORS, name, "prepare"), "prepare")
+    assert callable(main_of)
+    main_of(arguments or [])
+
+
+@app.command()
+def convert(
+    hf_dir: Annotated[Path, typer.Option("--hf_dir", help="Hugging Face directory of the base model.")],
+    ckpt_dir: Annotated[Path, typer.Option("--ckpt_dir", help="The run's save_model/policy_trainer.")],
+    save_dir: Annotated[Path, typer.Option("--save_dir", help="Directory to write.")],
+    iteration: Annotated[int, typer.Option("--iter", min=0, help="Train iteration: a sub-folder of --ckpt_dir.")],
+    groupgemm: Annotated[int, typer.Option(min=0, max=1, help="1 when training ran with groupgemm.")] = 0,
+) -> None:
+    """Turn a sharded checkpoint into a Hugging Face directory."""
+    from chatlearn.checkpoint.convert import convert as convert_checkpoint
+
+    report = convert_checkpoint(hf_dir, ckpt_dir, save_dir, iteration, groupgemm == 1)
+    for note in report.notes:
+        typer.echo(note, err=True)
+    size = f"{report.num_tensors} tensors, {report.num_bytes / 1e9:.3f} GB"
+    typer.echo(f"iteration {report.iteration} of {ckpt_dir} is in {report.save_dir} ({size})", err=True)
+
+
+def check(config: GrpoConfig, environment: Environment) -> Layout:
+    """Everything that can be known before the start; one ConfigError lists all that is wrong."""
+    problems = disk_problems(config, environment)
+    if environment.node_rank > 0:
+        problems.append(
+            f"this is node {environment.node_rank} (NODE_RANK or RANK); the command runs on node 0, the others join "
+            "its Ray cluster, as scripts/base_env.sh does"
+        )
+    try:
+        layout = layout_of(config, environment)
+    except ConfigError as error:
+        problems += error.problems
+        raise ConfigError(*problems) from error
+    if problems:
+        raise ConfigError(*problems)
+    check_names(config)
+    return layout
+
+
+def check_names(config: GrpoConfig) -> None:
+    """Find the model family and every extension point that the configuration names; imported late, for this is slow."""
+    from chatlearn.algorithm.advantage import ADVANTAGES
+    from chatlearn.algorithm.loss import POLICY_LOSSES
+    from chatlearn.models.family import family_of
+    from chatlearn.rollout.engine import ENGINES
+
+    trainer = config.models.policy_trainer
+    family = family_of(Path(trainer.load))
+    if trainer.groupgemm and family.experts is None:
+        raise ConfigError(
+            f"models.policy_trainer.groupgemm=True is for mixtures of experts, and {trainer.load} is a "
+            f"{family.architecture}; use False"
+        )
+    resolve(ADVANTAGES, config.runtime_args.advantage, "runtime_args.advantage")
+    resolve(POLICY_LOSSES, trainer.loss, "models.policy_trainer.loss")
+    resolve(ENGINES, config.runtime_args.rollout_backend, "runtime_args.rollout_backend")
+
+
+def show_plan(config: GrpoConfig, layout: Layout) -> None:
+    """The configuration on standard output, ready to be a file again; the numbers on standard error."""
+    typer.echo(resolved_text(config), nl=False)
+    table = Table("what", "how", title="Plan (nothing was started)", title_justify="left")
+    for what, how in summary_rows(layout):
+        table.add_row(what, how)
+    Console(stderr=True).print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. A user's error is one message, never a traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(words, prog_name="chatlearn")  # leaves with SystemExit in any case, with status 2 for a wrong command
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else DONE
+    except ConfigError as error:
+        _complain("wrong configuration or command", error)
+        return WRONG
+    except ChatLearnError as error:
+        _complain("the run failed", error)
+        return FAILED
+    return DONE
+
+
+def _complain(what: str, error: ChatLearnError) -> None:
+    """One problem: one line. Several: one line each below a heading."""
+    lines = str(error).splitlines()
+    text = f"{what}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{what}:", *lines])
+    typer.echo(text, err=True)

@@ -1,0 +1,127 @@
+"""Laws between keys. Every function returns all problems it finds, each with what to do about it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from chatlearn.config.environment import Environment
+from chatlearn.config.placement import DeviceGroup
+from chatlearn.config.schema import GrpoConfig
+
+
+def cross_problems(config: GrpoConfig) -> list[str]:
+    """What is wrong with the configuration on any machine."""
+    return [
+        *_batch_problems(config),
+        *_engine_problems(config),
+        *_evaluation_problems(config),
+        *_colocation_problems(config),
+    ]
+
+
+def _batch_problems(config: GrpoConfig) -> list[str]:
+    runtime = config.runtime_args
+    sample = f"runtime_args.sample_per_episode={runtime.sample_per_episode}"
+    divisors = {
+        "models.policy.num_inference_per_prompt": config.models.policy.num_inference_per_prompt,
+        "runtime_args.train_global_batch_size": runtime.train_global_batch_size,
+    }
+    return [
+        f"{key}={value} must divide {sample}; use {choices(runtime.sample_per_episode, value)}"
+        for key, value in divisors.items()
+        if runtime.sample_per_episode % value != 0
+    ]
+
+
+def _engine_problems(config: GrpoConfig) -> list[str]:
+    problems: list[str] = []
+    policy, reward = config.models.policy, config.models.reward
+    if policy.num_gpu % policy.tensor_model_parallel_size != 0:
+        problems.append(
+            f"models.policy.tensor_model_parallel_size={policy.tensor_model_parallel_size} must divide "
+            f"num_gpu={policy.num_gpu}; use {choices(policy.num_gpu, policy.tensor_model_parallel_size)}"
+        )
+    if reward.cpu_per_process > reward.num_cpu:
+        problems.append(
+            f"models.reward.cpu_per_process={reward.cpu_per_process} is more than num_cpu={reward.num_cpu}; "
+            f"use at most {reward.num_cpu}"
+        )
+    return problems
+
+
+def _evaluation_problems(config: GrpoConfig) -> list[str]:
+    runtime = config.runtime_args
+    if runtime.eval_data_path is not None:
+        return []
+    asked = {
+        f"runtime_args.eval_episode_interval={runtime.eval_episode_interval}": runtime.eval_episode_interval > 0,
+        "runtime_args.enable_eval_before_training=True": runtime.enable_eval_before_training,
+    }
+    return [
+        f"{what} needs runtime_args.eval_data_path; name a file or switch evaluation off"
+        for what, is_asked in asked.items()
+        if is_asked
+    ]
+
+
+def _colocation_problems(config: GrpoConfig) -> list[str]:
+    named = Counter(role for group in config.runtime_args.colocation for role in group)
+    return [
+        f"runtime_args.colocation names {role} {times} times; a role lives in one place"
+        for role, times in named.items()
+        if times > 1
+    ]
+
+
+def placement_problems(config: GrpoConfig, groups: Sequence[DeviceGroup], environment: Environment) -> list[str]:
+    """What does not fit GPUs: unequal sizes of roles that share them, uneven nodes, too few GPUs."""
+    if environment.gpus_per_node == 0:
+        return [
+            f"runtime_args.device={config.runtime_args.device} needs GPUs and this machine shows none; set "
+            "runtime_args.device=cpu, or GPUS_PER_NODE to plan for another machine with --dry-run"
+        ]
+    return [
+        *(problem for group in groups for problem in _unequal(group)),
+        *(problem for group in groups for problem in _uneven(group, environment.gpus_per_node)),
+        *_too_many(groups, environment),
+    ]
+
+
+def _unequal(group: DeviceGroup) -> list[str]:
+    if len(set(group.sizes)) <= 1:
+        return []
+    sizes = ", ".join(f"models.{role}.num_gpu={size}" for role, size in zip(group.roles, group.sizes, strict=True))
+    return [f"{sizes}: roles that share GPUs (runtime_args.colocation) need the same num_gpu"]
+
+
+def _uneven(group: DeviceGroup, gpus_per_node: int) -> list[str]:
+    return [
+        f"models.{role}.num_gpu={size} spans several nodes and must be a multiple of GPUS_PER_NODE={gpus_per_node}"
+        for role, size in zip(group.roles, group.sizes, strict=True)
+        if size > gpus_per_node and size % gpus_per_node != 0
+    ]
+
+
+def _too_many(groups: Sequence[DeviceGroup], environment: Environment) -> list[str]:
+    wanted = sum(group.num_devices for group in groups)
+    present = environment.num_nodes * environment.gpus_per_node
+    if wanted <= present:
+        return []
+    roles = "; ".join(f"{' + '.join(group.roles)}: {group.num_devices}" for group in groups)
+    return [
+        f"the run needs {wanted} GPUs ({roles}), but {environment.num_nodes} node(s) with "
+        f"{environment.gpus_per_node} GPUs have {present}; lower models.*.num_gpu, let roles share GPUs with "
+        "runtime_args.colocation, or add nodes"
+    ]
+
+
+def choices(number: int, near: int) -> str:
+    """The divisors of ``number`` in words; of many, the eight nearest to ``near``.
+
+    >>> choices(8, 3)
+    '1, 2, 4 or 8'
+    """
+    divisors = [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    shown = sorted(sorted(divisors, key=lambda divisor: abs(divisor - near))[:8])
+    return " or ".join([", ".join(map(str, shown[:-1])), str(shown[-1])] if len(shown) > 1 else [str(shown[0])])

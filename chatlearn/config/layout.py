@@ -1,0 +1,233 @@
+"""What follows from a configuration on a given machine: computed once, frozen, and never asked of the config."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from chatlearn.config.checks import placement_problems
+from chatlearn.config.environment import Environment
+from chatlearn.config.placement import DeviceGroup, device_groups
+from chatlearn.config.schema import GrpoConfig
+from chatlearn.errors import ConfigError
+
+Item = TypeVar("Item")
+DeviceKind = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class PackingRule:
+    """How samples become micro-batches of one model; the fields of ``batch.pack.BatchLayout``."""
+
+    num_data_ranks: int
+    packing: bool
+    max_tokens: int
+    micro_batch_size: int
+
+
+@dataclass(frozen=True)
+class ShardedPlan:
+    """A model that is sharded over ranks: the trainer's or the reference model.
+
+    The ``offload_*`` fields tell what goes to host memory while others use the same GPUs.
+    """
+
+    load: str
+    num_ranks: int
+    meta_init: bool
+    groupgemm: bool
+    use_expandable_segments: bool
+    offload_weights: bool
+    offload_optimizer_states: bool
+    cores_per_process: int
+    scoring: PackingRule
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """The engines: how many, how wide, and how long a sequence can become (prompt and answer, in tokens).
+
+    ``offload_weights`` tells that an engine gives its GPU memory back while others use the same GPUs.
+    """
+
+    num_replicas: int
+    tensor_parallel_size: int
+    offload_weights: bool
+    cores_per_process: int
+    max_sequence_tokens: int
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a run writes."""
+
+    output: Path
+    save_model: Path
+    data_checkpoint: Path
+    tensorboard: Path
+    wandb: Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The numbers of a run. ``reference`` is None when ``kl_coef`` is 0: what is not asked for is not loaded.
+
+    ``colocated`` tells that engines and trainer share their devices and take turns. ``groups`` are the sets of GPUs and
+    who lives on them; on the CPU every role has its own processes and ``groups`` only says who takes turns.
+    """
+
+    device_kind: DeviceKind
+    num_nodes: int
+    gpus_per_node: int
+    prompts_per_episode: int
+    samples_per_episode: int
+    num_minibatches: int
+    num_training_epoch: int
+    policy: EnginePlan
+    trainer: ShardedPlan
+    training: PackingRule
+    reference: ShardedPlan | None
+    num_graders: int
+    colocated: bool
+    groups: tuple[DeviceGroup, ...]
+    folders: Folders
+
+    @property
+    def steps_per_episode(self) -> int:
+        """Optimizer steps per episode; with more than one, the old log-probabilities must be computed before."""
+        return self.num_minibatches * self.num_training_epoch
+
+    @property
+    def num_devices(self) -> int:
+        """GPUs (on the CPU: ranks) over all groups."""
+        return sum(group.num_devices for group in self.groups)
+
+    def batches(self, samples: Sequence[Item], seed: int) -> Iterator[list[Item]]:
+        """Cut an episode's samples into one part per optimizer step; from the second pass on they are shuffled.
+
+        Parts differ by at most one sample, so that samples that were left out do not cost a step.
+        """
+        order = list(range(len(samples)))
+        shuffle = random.Random(seed)
+        for epoch in range(self.num_training_epoch):
+            if epoch > 0:
+                shuffle.shuffle(order)
+            for part in range(self.num_minibatches):
+                first = part * len(order) // self.num_minibatches
+                after = (part + 1) * len(order) // self.num_minibatches
+                yield [samples[index] for index in order[first:after]]
+
+
+def device_kind_of(config: GrpoConfig, environment: Environment) -> DeviceKind:
+    """Settle ``device=auto`` without loading a GPU library: CUDA where the launcher or the machine tells of a GPU."""
+    if config.runtime_args.device != "auto":
+        return config.runtime_args.device
+    return "cuda" if environment.gpus_per_node > 0 else "cpu"
+
+
+def layout_of(config: GrpoConfig, environment: Environment) -> Layout:
+    """Derive the numbers of a run; raises one ``ConfigError`` with everything that does not fit the machine."""
+    kind = device_kind_of(config, environment)
+    groups = device_groups(config)
+    problems = placement_problems(config, groups, environment) if kind == "cuda" else []
+    if problems:
+        raise ConfigError(*problems)
+    runtime, policy, trainer = config.runtime_args, config.models.policy, config.models.policy_trainer
+    reward = config.models.reward
+    micro_batch = runtime.train_micro_batch_size
+    return Layout(
+        device_kind=kind,
+        num_nodes=environment.num_nodes,
+        gpus_per_node=environment.gpus_per_node if kind == "cuda" else 0,
+        prompts_per_episode=runtime.sample_per_episode // policy.num_inference_per_prompt,
+        samples_per_episode=runtime.sample_per_episode,
+        num_minibatches=runtime.sample_per_episode // runtime.train_global_batch_size,
+        num_training_epoch=runtime.num_training_epoch,
+        policy=EnginePlan(
+            num_replicas=policy.num_gpu // policy.tensor_model_parallel_size,
+            tensor_parallel_size=policy.tensor_model_parallel_size,
+            offload_weights=policy.free_gpu_memory.offload_weights,
+            cores_per_process=_cores(kind, policy.num_gpu, environment),
+            max_sequence_tokens=policy.max_prompt_tokens_length + policy.max_response_tokens_length,
+        ),
+        trainer=_trainer(config, kind, environment),
+        training=PackingRule(trainer.num_gpu, trainer.packing, trainer.max_token_in_packing, micro_batch),
+        reference=_reference(config, kind, environment) if trainer.kl_coef > 0 else None,
+        num_graders=reward.num_cpu // reward.cpu_per_process,
+        colocated=any({"policy", "policy_trainer"} <= set(group.roles) for group in groups),
+        groups=groups,
+        folders=_folders(config),
+    )
+
+
+def _cores(kind: DeviceKind, num_processes: int, environment: Environment) -> int:
+    """Cores for each process of a role.
+
+    Roles take turns, so a role may use every core, divided by its own processes: two processes that each use all cores
+    slow each other down tenfold. On a GPU machine all roles' processes of a GPU share that GPU's part of the cores.
+    """
+    sharers = min(num_processes, environment.gpus_per_node) if kind == "cuda" else num_processes
+    return max(1, environment.cores // max(1, sharers))
+
+
+def _trainer(config: GrpoConfig, kind: DeviceKind, environment: Environment) -> ShardedPlan:
+    trainer = config.models.policy_trainer
+    return ShardedPlan(
+        load=trainer.load,
+        num_ranks=trainer.num_gpu,
+        meta_init=trainer.meta_init,
+        groupgemm=trainer.groupgemm,
+        use_expandable_segments=trainer.use_expandable_segments,
+        offload_weights=trainer.free_gpu_memory.offload_weights,
+        offload_optimizer_states=trainer.free_gpu_memory.offload_optimizer_states,
+        cores_per_process=_cores(kind, trainer.num_gpu, environment),
+        scoring=PackingRule(
+            trainer.num_gpu, trainer.packing, trainer.max_token_in_packing, trainer.generation_batch_size
+        ),
+    )
+
+
+def _reference(config: GrpoConfig, kind: DeviceKind, environment: Environment) -> ShardedPlan:
+    """What ``ref_policy`` leaves open is as for the trainer."""
+    asked, trainer = config.models.ref_policy, config.models.policy_trainer
+    num_ranks = _or(asked.num_gpu, trainer.num_gpu)
+    return ShardedPlan(
+        load=_or(asked.load, trainer.load),
+        num_ranks=num_ranks,
+        meta_init=_or(asked.meta_init, trainer.meta_init),
+        groupgemm=_or(asked.groupgemm, trainer.groupgemm),
+        use_expandable_segments=_or(asked.use_expandable_segments, trainer.use_expandable_segments),
+        offload_weights=asked.free_gpu_memory.offload_weights,
+        offload_optimizer_states=False,  # It has none.
+        cores_per_process=_cores(kind, num_ranks, environment),
+        scoring=PackingRule(
+            num_data_ranks=num_ranks,
+            packing=_or(asked.packing, trainer.packing),
+            max_tokens=_or(asked.max_token_in_packing, trainer.max_token_in_packing),
+            micro_batch_size=_or(asked.generation_batch_size, trainer.generation_batch_size),
+        ),
+    )
+
+
+def _or(asked: Item | None, otherwise: Item) -> Item:
+    return otherwise if asked is None else asked
+
+
+def _folders(config: GrpoConfig) -> Folders:
+    runtime, log = config.runtime_args, config.runtime_args.log_args_dict
+    output = Path(runtime.output_dir)
+    log_dir = Path(log.log_dir) if log.log_dir else output
+    return Folders(
+        output=output,
+        save_model=output / "save_model" / "policy_trainer",
+        data_checkpoint=_path_or(runtime.data_checkpoint_path, output / "data_checkpoint_path"),
+        tensorboard=_path_or(log.tensorboard_dir, log_dir / "tensorboard"),
+        wandb=_path_or(log.wandb_dir, log_dir / "wandb"),
+    )
+
+
+def _path_or(asked: str | None, otherwise: Path) -> Path:
+    return Path(asked) if asked else otherwise

@@ -1,0 +1,46 @@
+"""Extension points by name: a row of a table, or ``package.module:function``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TypeVar, cast
+
+from chatlearn.errors import ConfigError
+
+Thing = TypeVar("Thing")
+
+
+def resolve(table: Mapping[str, Thing], name: str, what: str) -> Thing:
+    """The thing called ``name``; ``what`` is the key that asked for it, for messages.
+
+    >>> resolve({"grpo": sum}, "grop", "runtime_args.advantage")
+    Traceback (most recent call last):
+    chatlearn.errors.ConfigError: runtime_args.advantage=grop is unknown; did you mean grpo?
+    """
+    if name in table:
+        return table[name]
+    if ":" in name:
+        # What a user names must be of the table's type; the contract tests for plug-ins check that, Python cannot.
+        return cast("Thing", imported(name, what))
+    close = get_close_matches(name, list(table), n=1)
+    hint = f"did you mean {close[0]}?" if close else f"use {', '.join(sorted(table))} or package.module:function"
+    raise ConfigError(f"{what}={name} is unknown; {hint}")
+
+
+def imported(path: str, what: str) -> object:
+    """Import ``package.module:function``; a module or name that is missing is a ConfigError about the key ``what``."""
+    module_name, _, name = path.partition(":")
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{what}={path}: cannot import {module_name} ({error}); is its folder on PYTHONPATH?"
+        ) from error
+    things = vars(module)
+    if name not in things:
+        close = get_close_matches(name, list(things), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"{what}={path}: {module_name} has no {name or 'name after the colon'}{hint}")
+    return things[name]

@@ -1,0 +1,58 @@
+"""A layout in words, for people who want to see what a run will do."""
+
+from __future__ import annotations
+
+from chatlearn.config.fates import FATES
+from chatlearn.config.layout import Layout, PackingRule, ShardedPlan
+from chatlearn.config.schema import GrpoConfig
+
+
+def summary_rows(layout: Layout) -> list[tuple[str, str]]:
+    """What follows from a configuration, as pairs of a name and a sentence."""
+    device = "GPUs" if layout.device_kind == "cuda" else "processes on the CPU"
+    engines, epochs = layout.policy, layout.num_training_epoch
+    nodes = f"{layout.num_nodes} node(s)" + (f" with {layout.gpus_per_node} GPUs each" if layout.gpus_per_node else "")
+    return [
+        ("device", f"{layout.device_kind}, {nodes}"),
+        *((" + ".join(group.roles), f"{group.num_devices} {device}") for group in layout.groups),
+        ("episode", f"{layout.prompts_per_episode} prompts, {layout.samples_per_episode} answers"),
+        ("steps per episode", f"{layout.steps_per_episode} ({layout.num_minibatches} mini-batches, {epochs} epochs)"),
+        ("old log-probabilities", "scored before the first step" if layout.steps_per_episode > 1 else "from the step"),
+        ("engines", f"{engines.num_replicas} with tensor parallel size {engines.tensor_parallel_size}"),
+        ("longest sequence", f"{engines.max_sequence_tokens} tokens"),
+        ("trainer", _sharded(layout.trainer)),
+        ("micro-batches", _packing(layout.training)),
+        ("reference model", "none (kl_coef is 0)" if layout.reference is None else _sharded(layout.reference)),
+        ("cores per process", f"engine {engines.cores_per_process}, trainer {layout.trainer.cores_per_process}"),
+        ("graders", f"{layout.num_graders} processes"),
+        ("output", str(layout.folders.output)),
+    ]
+
+
+def _sharded(plan: ShardedPlan) -> str:
+    return f"{plan.load} over {plan.num_ranks} FSDP ranks"
+
+
+def _packing(rule: PackingRule) -> str:
+    if rule.packing:
+        return f"packed, at most {rule.max_tokens} tokens, on {rule.num_data_ranks} data ranks"
+    return f"{rule.micro_batch_size} answers, on {rule.num_data_ranks} data ranks"
+
+
+def inert_line(config: GrpoConfig) -> str | None:
+    """One line that names the keys that were written and have no effect; None when there are none.
+
+    Keys of a role that does not run at all are named together: ``models.rollout_manager.*``.
+    """
+    speaking = {_section(row.key) for row in FATES if row.kind == "honoured"}
+    names: dict[str, None] = {}
+    for key in config.origin.inert_keys:
+        section = _section(key)
+        names[key if section in speaking else f"{section}.*"] = None
+    return f"keys without effect here (see docs/config.md): {', '.join(names)}" if names else None
+
+
+def _section(key: str) -> str:
+    """The first two names of a model's key (``models.policy``), the first of any other."""
+    depth = 2 if key.startswith("models.") else 1
+    return ".".join(key.split(".")[:depth])
