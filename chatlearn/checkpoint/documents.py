@@ -1,0 +1,76 @@
+"""Small JSON files read without trust: what is missing or of the wrong type is named together with its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+from chatlearn.errors import CheckpointError
+
+Document = Mapping[str, object]
+
+
+def read_document(path: Path) -> Document:
+    """The JSON object in ``path``; raises ``CheckpointError`` where there is none."""
+    try:
+        value: object = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: {path.name} is missing; the folder is incomplete") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); the file is damaged") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {type(value).__name__} instead of a JSON object; the file is damaged")
+    return cast("Document", value)  # JSON's keys are always text
+
+
+def integer(document: Document, key: str, path: Path) -> int:
+    """A number that counts something, so never negative."""
+    value = document.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise CheckpointError(f"{path}: '{key}' is {value!r}; expected a whole number from 0")
+    return value
+
+
+def integers(document: Document, key: str, path: Path) -> tuple[int, ...]:
+    """A list of such numbers."""
+    values = document.get(key)
+    if not isinstance(values, list):
+        raise CheckpointError(f"{path}: '{key}' is {values!r}; expected a list of whole numbers")
+    return tuple(integer({key: value}, key, path) for value in cast("list[object]", values))
+
+
+def text(document: Document, key: str, path: Path) -> str:
+    """A string, possibly empty."""
+    value = document.get(key)
+    if not isinstance(value, str):
+        raise CheckpointError(f"{path}: '{key}' is {value!r}; expected text")
+    return value
+
+
+def flag(document: Document, key: str, path: Path) -> bool:
+    """True or false."""
+    value = document.get(key)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{path}: '{key}' is {value!r}; expected true or false")
+    return value
+
+
+def objects(document: Document, key: str, path: Path) -> list[Document]:
+    """A list of JSON objects."""
+    value = document.get(key)
+    if not isinstance(value, list):
+        raise CheckpointError(f"{path}: '{key}' is {type(value).__name__}; expected a list")
+    items = cast("list[object]", value)
+    for item in items:
+        if not isinstance(item, dict):
+            raise CheckpointError(f"{path}: '{key}' holds {item!r}; expected JSON objects")
+    return cast("list[Document]", items)  # checked one by one above
+
+
+def require_schema(document: Document, known: int, path: Path) -> None:
+    """Refuse a file that another version of ChatLearn wrote in a form that this one does not know."""
+    schema = integer(document, "schema_version", path)
+    if schema != known:
+        raise CheckpointError(f"{path}: schema_version is {schema}; this ChatLearn reads version {known}")

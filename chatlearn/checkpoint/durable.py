@@ -1,0 +1,110 @@
+"""Files and folders that appear whole or not at all, also when the power fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from chatlearn.errors import CheckpointError
+
+# No other program makes folders with these names, so whatever has one is ours to delete.
+STAGING_PREFIX = ".chatlearn-staging-"
+REPLACED_PREFIX = ".chatlearn-replaced-"
+
+CHECKSUM_BLOCK_BYTES = 4 * 1024 * 1024  # large enough that the checksum, not the call, takes the time
+
+
+@contextmanager
+def failures_named(folder: Path) -> Generator[None]:
+    """Turn what the operating system refuses inside (full, read-only, no such place) into one readable error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader finds the old text or the new one, never a part."""
+    scratch = path.with_name(f".{path.name}.writing")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Return when the file's bytes, or the folder's list of names, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file as eight hexadecimal digits: finds accidents of the disk, not attacks."""
+    block = bytearray(CHECKSUM_BLOCK_BYTES)
+    view = memoryview(block)
+    value = 0
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            value = zlib.crc32(view[:size], value)
+    return f"{value:08x}"
+
+
+def files_below(folder: Path) -> list[str]:
+    """Every file below ``folder``, as sorted relative names with forward slashes."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+
+
+def staging_of(final: Path) -> Path:
+    """Where the content of ``final`` is prepared: beside it, so that one rename can publish it."""
+    return final.with_name(STAGING_PREFIX + final.name)
+
+
+def open_staging(final: Path) -> Path:
+    """Make an empty staging folder for ``final``; what an interrupted attempt left there goes."""
+    recover_folder(final)
+    staging = staging_of(final)
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish_folder(final: Path) -> None:
+    """Let the staged folder take its final name in one rename; an earlier one of that name is removed afterwards.
+
+    A crash between the two renames of a replacement leaves the earlier folder aside; ``recover_folder`` brings it back.
+    """
+    staging = staging_of(final)
+    for path in staging.rglob("*"):
+        sync(path)
+    sync(staging)
+    aside = final.with_name(REPLACED_PREFIX + final.name)
+    if final.exists():
+        final.rename(aside)
+    staging.rename(final)
+    sync(final.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def recover_folder(final: Path) -> None:
+    """Undo a replacement that a crash cut in half, or finish removing what it had replaced."""
+    aside = final.with_name(REPLACED_PREFIX + final.name)
+    if not aside.exists():
+        return
+    if final.exists():
+        shutil.rmtree(aside)
+    else:
+        aside.rename(final)
+        sync(final.parent)

@@ -1,0 +1,115 @@
+"""What a checkpoint says about itself: where it comes from, and every file with its size and checksum.
+
+The manifest is written last. A folder without one is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+
+from chatlearn.checkpoint.documents import flag, integer, objects, read_document, require_schema, text
+from chatlearn.checkpoint.durable import checksum, write_text
+from chatlearn.errors import CheckpointError
+
+MANIFEST_NAME = "checkpoint.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint: its name relative to the folder, its size, and the CRC-32 of its bytes."""
+
+    name: str
+    num_bytes: int
+    crc32: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The facts about one checkpoint.
+
+    ``base_model`` is the model directory that training started from, ``architecture`` the class name in its
+    ``config.json``, ``groupgemm`` whether experts ran as grouped matrix products, ``num_ranks`` the saving ranks.
+    """
+
+    iteration: int
+    episode: int
+    base_model: str
+    architecture: str
+    groupgemm: bool
+    num_ranks: int
+    files: tuple[FileRecord, ...] = ()
+
+
+def record_file(directory: Path, name: str) -> FileRecord:
+    """Measure the file ``name`` below ``directory``."""
+    path = directory / name
+    return FileRecord(name=name, num_bytes=path.stat().st_size, crc32=checksum(path))
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write ``manifest``, which makes the folder complete."""
+    document = {"schema_version": SCHEMA_VERSION, **asdict(manifest)}
+    write_text(directory / MANIFEST_NAME, json.dumps(document, indent=1) + "\n")
+
+
+def read_manifest(directory: Path, name: str = MANIFEST_NAME) -> Manifest:
+    """Read a checkpoint's manifest; raises ``CheckpointError`` for a folder that is missing or incomplete."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such checkpoint folder")
+    path = directory / name
+    document = read_document(path)
+    require_schema(document, SCHEMA_VERSION, path)
+    files = tuple(
+        FileRecord(
+            name=_inner_name(text(entry, "name", path), path),
+            num_bytes=integer(entry, "num_bytes", path),
+            crc32=text(entry, "crc32", path),
+        )
+        for entry in objects(document, "files", path)
+    )
+    return Manifest(
+        iteration=integer(document, "iteration", path),
+        episode=integer(document, "episode", path),
+        base_model=text(document, "base_model", path),
+        architecture=text(document, "architecture", path),
+        groupgemm=flag(document, "groupgemm", path),
+        num_ranks=integer(document, "num_ranks", path),
+        files=files,
+    )
+
+
+def _inner_name(name: str, path: Path) -> str:
+    """``name`` if it stays inside the folder: files are read and deleted by it."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+        raise CheckpointError(f"{path}: the file name {name!r} leads out of the folder")
+    return name
+
+
+def verify_sizes(directory: Path) -> Manifest:
+    """Read the manifest and check that every file is there in full length; cheap, and finds what a crash leaves."""
+    manifest = read_manifest(directory)
+    for record in manifest.files:
+        path = directory / record.name
+        if not path.is_file():
+            raise CheckpointError(f"{directory}: {record.name} is missing; the checkpoint is incomplete")
+        size = path.stat().st_size
+        if size != record.num_bytes:
+            raise CheckpointError(
+                f"{directory}: {record.name} has {size} bytes instead of {record.num_bytes}; the checkpoint is damaged"
+            )
+    return manifest
+
+
+def verify_checksums(directory: Path, files: Iterable[FileRecord]) -> None:
+    """Read ``files`` through and compare their checksums; finds single flipped bits (about 4 GB/s from memory)."""
+    for record in files:
+        found = checksum(directory / record.name)
+        if found != record.crc32:
+            raise CheckpointError(
+                f"{directory}: {record.name} has checksum {found} instead of {record.crc32}; the checkpoint is damaged"
+            )

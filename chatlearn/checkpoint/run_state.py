@@ -1,0 +1,59 @@
+"""How far a run has come: the counters and the position in the data that a resume starts from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from chatlearn.checkpoint.documents import integer, integers, read_document, require_schema
+from chatlearn.checkpoint.durable import failures_named, write_text
+
+RUN_STATE_NAME = "run_state.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where the next episode begins; all counters are of finished work.
+
+    ``episode`` and ``train_iteration`` (optimizer steps) count from 0 before training; ``policy_version`` is that of
+    the weights saved with it; ``epoch``, ``offset`` and ``deferred`` are the position in the prompt stream;
+    ``metrics_bytes`` is the length of ``metrics.jsonl``, so that a resume can cut off what was written after the
+    checkpoint.
+    """
+
+    episode: int
+    train_iteration: int
+    policy_version: int
+    epoch: int
+    offset: int
+    metrics_bytes: int
+    deferred: tuple[int, ...] = ()
+
+
+def save_run_state(directory: Path, state: RunState) -> None:
+    """Write ``run_state.json`` into ``directory``, replacing an earlier one whole.
+
+    Inside a staged checkpoint this is what resume reads; in ``data_checkpoint_path`` it is a copy for people.
+    """
+    document = {"schema_version": SCHEMA_VERSION, **asdict(state)}
+    with failures_named(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(directory / RUN_STATE_NAME, json.dumps(document, indent=1) + "\n")
+
+
+def load_run_state(directory: Path) -> RunState:
+    """Read it back; raises ``CheckpointError`` where it is missing, damaged or of another schema version."""
+    path = directory / RUN_STATE_NAME
+    document = read_document(path)
+    require_schema(document, SCHEMA_VERSION, path)
+    return RunState(
+        episode=integer(document, "episode", path),
+        train_iteration=integer(document, "train_iteration", path),
+        policy_version=integer(document, "policy_version", path),
+        epoch=integer(document, "epoch", path),
+        offset=integer(document, "offset", path),
+        metrics_bytes=integer(document, "metrics_bytes", path),
+        deferred=integers(document, "deferred", path),
+    )

@@ -1,0 +1,168 @@
+"""Save and load what every rank holds: its part of the model and the optimizer, and its random states.
+
+Both functions are collectives. They take transformers' module (names as it has them in memory) and its optimizer, both
+sharded or not; a checkpoint of any number of ranks loads into any other number.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from chatlearn.checkpoint.durable import failures_named
+from chatlearn.checkpoint.guarded_reader import METADATA_NAME, GuardedPlanner, GuardedReader, load_plain
+from chatlearn.checkpoint.layout import MODEL_FOLDER, OPTIMIZER_FOLDER, RANDOM_FOLDER
+from chatlearn.checkpoint.manifest import FileRecord, record_file, verify_checksums, verify_sizes
+from chatlearn.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a load brought back besides weights and optimizer: by how many ranks it had been saved, and whether the
+    random states came back too, which they cannot when that number has changed."""
+
+    num_ranks_saved: int
+    random_states: bool
+
+
+def save_shards(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[FileRecord, ...]:
+    """Write this rank's part below ``directory`` (a staging folder); returns the files this rank wrote.
+
+    Collective. Raises ``CheckpointError`` on every rank when one of them cannot write.
+    """
+    rank, _ = _place()
+    _write(get_model_state_dict(module), directory / MODEL_FOLDER)
+    _write(get_optimizer_state_dict(module, optimizer), directory / OPTIMIZER_FOLDER)
+    random_file = directory / RANDOM_FOLDER / f"rank_{rank}.pt"
+    with failures_named(random_file.parent):
+        random_file.parent.mkdir(exist_ok=True)
+        torch.save(_random_states(module), random_file)
+    shards = [
+        *directory.glob(f"*/__{rank}_*.distcp"),
+        random_file,
+        *(directory.glob(f"*/{METADATA_NAME}") if rank == 0 else ()),
+    ]
+    return tuple(record_file(directory, path.relative_to(directory).as_posix()) for path in sorted(shards))
+
+
+def load_shards(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Restored:
+    """Load a published checkpoint into ``module`` and ``optimizer``, after checking every byte of its shards.
+
+    Collective. Raises ``CheckpointError`` on every rank, before anything was changed, when the folder is incomplete
+    or damaged, and also when its tensors do not fit the module.
+    """
+    num_ranks_saved, random_states = _open_together(directory)
+    weights = get_model_state_dict(module)
+    _read(weights, directory / MODEL_FOLDER)
+    moments = get_optimizer_state_dict(module, optimizer)
+    _read(moments, directory / OPTIMIZER_FOLDER)
+    set_model_state_dict(module, weights)
+    set_optimizer_state_dict(module, optimizer, moments)
+    if random_states is None:
+        return Restored(num_ranks_saved, random_states=False)
+    _set_random_states(random_states, module)
+    return Restored(num_ranks_saved, random_states=True)
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank and the number of ranks; one process alone needs no group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _write(state: dict[str, Any], folder: Path) -> None:
+    writer = FileSystemWriter(folder)
+    try:
+        state_dict_saver.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError) as error:
+        raise CheckpointError(f"{folder}: cannot be written: {_cause(error)}") from error
+
+
+def _read(state: dict[str, Any], folder: Path) -> None:
+    """Fill the tensors of ``state`` in place; plain values in it are replaced."""
+    reader, planner = GuardedReader(folder), GuardedPlanner()
+    try:
+        state_dict_loader.load(state, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded into this model: {_cause(error)}") from error
+
+
+def _cause(error: CheckpointException | OSError) -> str:
+    """What the first failing rank said; torch's own message is a traceback of each."""
+    if isinstance(error, CheckpointException):
+        rank, (failure, _) = min(error.failures.items())
+        return f"rank {rank}: {failure}"
+    return str(error)
+
+
+def _open_together(directory: Path) -> tuple[int, dict[str, Any] | None]:
+    """Check the whole folder, each rank a share of the bytes; the number of ranks that saved, and this rank's random
+    states if that is the number of today.
+
+    A fault that one rank finds is raised by all of them, so that none waits for the others.
+    """
+    rank, num_ranks = _place()
+    fault, num_ranks_saved, random_states = "", 0, None
+    try:
+        manifest = verify_sizes(directory)
+        verify_checksums(directory, manifest.files[rank::num_ranks])
+        num_ranks_saved = manifest.num_ranks
+        if num_ranks_saved == num_ranks:
+            path = directory / RANDOM_FOLDER / f"rank_{rank}.pt"
+            random_states = load_plain(path, str(path))
+    except (CheckpointError, OSError) as error:
+        fault = str(error)
+    faults = [fault]
+    if num_ranks > 1:
+        faults = [""] * num_ranks
+        dist.all_gather_object(faults, fault)
+    for found in faults:
+        if found:
+            raise CheckpointError(found)
+    return num_ranks_saved, random_states
+
+
+def _accelerator(module: nn.Module) -> str:
+    """The kind of device that computes; parameters may rest on the host, so the mesh is asked first."""
+    parameter = next(module.parameters())
+    return parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device.type
+
+
+def _random_states(module: nn.Module) -> dict[str, Any]:
+    """Every generator of this process, made of tensors and plain numbers alone, so that it loads weights-only."""
+    name, keys, *counters = np.random.get_state(legacy=True)
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *counters),
+    }
+    kind = _accelerator(module)
+    if kind != "cpu":
+        states[kind] = torch.get_device_module(kind).get_rng_state()
+    return states
+
+
+def _set_random_states(states: dict[str, Any], module: nn.Module) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    name, keys, *counters = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *counters))
+    kind = _accelerator(module)
+    if kind != "cpu" and kind in states:  # absent where the checkpoint was made on another kind of device
+        torch.get_device_module(kind).set_rng_state(states[kind])

@@ -1,0 +1,200 @@
+"""Laws of the checkpoint folder: complete or not there, pruned without harm, recovered after a crash."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chatlearn.checkpoint.durable import REPLACED_PREFIX, staging_of
+from chatlearn.checkpoint.layout import begin, latest_complete, list_complete, prune, publish, recover
+from chatlearn.checkpoint.manifest import FileRecord, Manifest, read_manifest, verify_checksums, verify_sizes
+from chatlearn.errors import CheckpointError
+
+
+def manifest_of(iteration: int, files: tuple[FileRecord, ...] = ()) -> Manifest:
+    return Manifest(
+        iteration, episode=iteration, base_model="/m", architecture="A", groupgemm=False, num_ranks=1, files=files
+    )
+
+
+def save(root: Path, iteration: int, content: str = "weights") -> Path:
+    staging = begin(root, iteration)
+    (staging / "model").mkdir()
+    (staging / "model" / "shard").write_text(content)
+    return publish(root, manifest_of(iteration))
+
+
+def test_a_published_checkpoint_is_complete_and_a_staged_one_is_not_there(tmp_path: Path) -> None:
+    final = save(tmp_path, 5)
+    begin(tmp_path, 10)
+    assert list_complete(tmp_path) == (final,) == (tmp_path / "5",)
+    assert latest_complete(tmp_path) == final
+    assert (tmp_path / "latest").read_text() == "5\n"
+    manifest = verify_sizes(final)
+    assert [record.name for record in manifest.files] == ["model/shard"]
+    verify_checksums(final, manifest.files)
+
+
+def test_iterations_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for iteration in (200, 5, 30):
+        save(tmp_path, iteration)
+    assert [folder.name for folder in list_complete(tmp_path)] == ["5", "30", "200"]
+
+
+def test_an_empty_or_missing_root_has_no_checkpoint(tmp_path: Path) -> None:
+    assert latest_complete(tmp_path / "none") is None
+    assert list_complete(tmp_path) == ()
+    recover(tmp_path / "none")
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "short file", "missing file", "torn manifest", "renamed folder"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_it(tmp_path: Path, damage: str) -> None:
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    match damage:
+        case "no manifest":
+            (bad / "checkpoint.json").unlink()
+        case "short file":
+            (bad / "model" / "shard").write_text("weigh")
+        case "missing file":
+            (bad / "model" / "shard").unlink()
+        case "torn manifest":
+            (bad / "checkpoint.json").write_text((bad / "checkpoint.json").read_text()[:40])
+        case _:
+            bad = bad.rename(tmp_path / "3")
+    assert latest_complete(tmp_path) == good
+    if damage != "renamed folder":
+        with pytest.raises(CheckpointError, match=r"incomplete|damaged"):
+            verify_sizes(bad)
+
+
+def test_a_flipped_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
+    final = save(tmp_path, 1, "weights")
+    (final / "model" / "shard").write_text("weightz")
+    manifest = verify_sizes(final)
+    with pytest.raises(CheckpointError, match=r"model/shard has checksum"):
+        verify_checksums(final, manifest.files)
+
+
+def test_latest_wins_over_folders_of_an_earlier_life(tmp_path: Path) -> None:
+    for iteration in (5, 10, 15):
+        save(tmp_path, iteration)
+    final = save(tmp_path, 10, "after going back to 5")
+    assert latest_complete(tmp_path) == final
+    assert prune(tmp_path, keep=2) == (tmp_path / "15",)
+    (tmp_path / "latest").unlink()
+    assert latest_complete(tmp_path) == final
+
+
+def test_publishing_an_iteration_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 5, "old")
+    final = save(tmp_path, 5, "new")
+    assert (final / "model" / "shard").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "latest"]
+
+
+def test_a_crash_inside_a_replacement_loses_nothing(tmp_path: Path) -> None:
+    final = save(tmp_path, 5, "old")
+    begin(tmp_path, 5)
+    final.rename(tmp_path / f"{REPLACED_PREFIX}5")  # the crash comes before the staged folder takes the name
+    recover(tmp_path)
+    assert latest_complete(tmp_path) == final
+    assert (final / "model" / "shard").read_text() == "old"
+
+
+def test_an_interrupted_save_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    (begin(tmp_path, 5) / "half").write_text("...")
+    assert not (begin(tmp_path, 5) / "half").exists()
+    assert save(tmp_path, 5).is_dir()
+    assert not staging_of(tmp_path / "5").exists()
+
+
+def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "5").mkdir()
+    (tmp_path / "5" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"/5: in the way"):
+        begin(tmp_path, 5)
+    assert prune(tmp_path, keep=1) == ()
+    assert (tmp_path / "5" / "notes.txt").read_text() == "mine"
+
+
+def test_prune_deletes_what_the_manifest_lists_and_nothing_else(tmp_path: Path) -> None:
+    for iteration in range(1, 5):
+        save(tmp_path, iteration)
+    (tmp_path / "2" / "model" / "notes.txt").write_text("mine")
+    assert prune(tmp_path, keep=0) == ()
+    assert [folder.name for folder in prune(tmp_path, keep=1)] == ["1", "2", "3"]
+    assert [folder.name for folder in list_complete(tmp_path)] == ["4"]
+    assert not (tmp_path / "1").exists()
+    assert [path.name for path in (tmp_path / "2").rglob("*") if path.is_file()] == ["notes.txt"]
+
+
+def test_an_interrupted_deletion_is_finished(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / "checkpoint.json").rename(folder / "checkpoint.deleted.json")
+    assert list_complete(tmp_path) == ()
+    recover(tmp_path)
+    assert not folder.exists()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    iterations=st.sets(st.integers(0, 30), min_size=1, max_size=6),
+    pointer=st.one_of(st.none(), st.integers(0, 30)),
+    keep=st.integers(1, 4),
+)
+def test_pruning_never_changes_what_a_resume_takes(iterations: set[int], pointer: int | None, keep: int) -> None:
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        for iteration in iterations:
+            save(root, iteration)
+        (root / "latest").unlink() if pointer is None else (root / "latest").write_text(f"{pointer}\n")
+        before = latest_complete(root)
+        prune(root, keep)
+        assert latest_complete(root) == before
+        assert len(list_complete(root)) == min(keep, len(iterations))
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", ""])
+def test_a_file_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    final = save(tmp_path, 1)
+    document = json.loads((final / "checkpoint.json").read_text())
+    document["files"][0]["name"] = name
+    (final / "checkpoint.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="leads out of the folder"):
+        read_manifest(final)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("schema_version", 2), ("iteration", "5"), ("episode", -1), ("groupgemm", 1), ("base_model", None), ("files", {})],
+)
+def test_a_manifest_of_the_wrong_form_names_file_and_key(tmp_path: Path, key: str, value: object) -> None:
+    final = save(tmp_path, 1)
+    document = json.loads((final / "checkpoint.json").read_text())
+    document[key] = value
+    (final / "checkpoint.json").write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=rf"checkpoint\.json.*{key}"):
+        read_manifest(final)
+
+
+def test_a_rank_on_another_file_system_is_noticed(tmp_path: Path) -> None:
+    staging = begin(tmp_path, 1)
+    elsewhere = FileRecord("model/__1_0.distcp", 10, "00000000")
+    with pytest.raises(CheckpointError, match="share one file system"):
+        publish(tmp_path, manifest_of(1, (elsewhere,)))
+    (staging / "model").mkdir()
+    (staging / elsewhere.name).write_text("short")
+    with pytest.raises(CheckpointError, match="has 5 bytes; its rank wrote 10"):
+        publish(tmp_path, manifest_of(1, (elsewhere,)))
+    assert list_complete(tmp_path) == ()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}/file/5: cannot be written"):
+        begin(tmp_path / "file", 5)

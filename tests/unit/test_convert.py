@@ -1,0 +1,284 @@
+"""From shards to a Hugging Face directory, in one process: what comes out, what is refused, what is left alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
+from transformers.utils import logging
+
+from chatlearn.checkpoint.convert import ConversionReport, convert
+from chatlearn.checkpoint.hugging_face import write_hugging_face
+from chatlearn.checkpoint.layout import begin, publish
+from chatlearn.checkpoint.manifest import Manifest
+from chatlearn.checkpoint.sharded import save_shards
+from chatlearn.errors import CheckpointError, ConfigError, DataError
+
+# torch remarks on every save that one process without a group saves alone; here that is the point.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+SIZES = {
+    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.2,
+}  # fmt: skip
+MIXTURE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+CONFIGS = {
+    "tied": Qwen3Config(**SIZES, tie_word_embeddings=True),
+    "untied": Qwen3Config(**SIZES, tie_word_embeddings=False),
+    "moe": Qwen3MoeConfig(**SIZES, **MIXTURE, tie_word_embeddings=False),
+}
+TOKENS = torch.arange(12).reshape(2, 6)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's output directory with one checkpoint, the base model it names, and the weights that were saved."""
+
+    output: Path
+    base: Path
+    model: PreTrainedModel
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "save_model" / "policy_trainer"
+
+    @property
+    def save_dir(self) -> Path:
+        return self.output / "save_model" / "huggingface"
+
+    def convert(self, groupgemm: bool = False, **changes: Path) -> ConversionReport:
+        places = {"hf_dir": self.base, "ckpt_dir": self.checkpoints, "save_dir": self.save_dir, **changes}
+        return convert(**places, iteration=7, groupgemm=groupgemm, dtype="float32")
+
+
+def make_run(folder: Path, kind: str, groupgemm: bool = False) -> Run:
+    logging.disable_progress_bar()
+    torch.manual_seed(3)
+    base = folder / "pretrained" / kind
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32)
+    model.save_pretrained(base)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (base / name).write_text(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    run = Run(folder / "output", base, model)
+    files = save_shards(begin(run.checkpoints, 7), model, torch.optim.AdamW(model.parameters()))
+    publish(run.checkpoints, Manifest(7, 7, str(base), type(model).__name__, groupgemm, num_ranks=1, files=files))
+    return run
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Run:
+    return make_run(tmp_path, "tied")
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def loaded(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+
+
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_transformers_loads_what_was_converted(tmp_path: Path, kind: str) -> None:
+    run = make_run(tmp_path, kind)
+    report = run.convert()
+    assert torch.allclose(logits(loaded(run.save_dir)), logits(run.model), atol=1e-5, rtol=0)
+    assert not torch.allclose(logits(loaded(run.base)), logits(run.model), atol=1e-2)
+    stored = load_file(run.save_dir / "model.safetensors")
+    assert set(stored) == set(load_file(run.base / "model.safetensors"))
+    assert (report.files, report.num_tensors, report.notes) == (("model.safetensors",), len(stored), ())
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (run.save_dir / name).read_text() == name
+
+
+def test_the_default_is_bfloat16_in_weights_and_configuration(dense: Run) -> None:
+    convert(dense.base, dense.checkpoints, dense.save_dir, iteration=7, groupgemm=False)
+    config = json.loads((dense.save_dir / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(dense.save_dir / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(dense.save_dir).dtype == torch.bfloat16
+    expected = {name: tensor.bfloat16().float() for name, tensor in dense.model.state_dict().items()}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded(dense.save_dir).state_dict().items())
+
+
+def test_the_form_of_the_base_model_does_not_matter(dense: Run) -> None:
+    """Sharded without an index, weights of another kind, folders in it: configuration and tokenizer are what counts."""
+    (dense.base / "model.safetensors").rename(dense.base / "model-00001-of-00002.safetensors")
+    (dense.base / "pytorch_model.bin").write_text("old weights")
+    (dense.base / "pytorch_model.bin.index.json").write_text("{}")
+    for folder in ("original", "additional_chat_templates", ".git"):
+        (dense.base / folder).mkdir()
+        (dense.base / folder / "file.jinja").write_text(folder)
+    config = json.loads((dense.base / "config.json").read_text())
+    (dense.base / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+    dense.convert()
+    assert torch.allclose(logits(loaded(dense.save_dir)), logits(dense.model), atol=1e-5, rtol=0)
+    written = {path.relative_to(dense.save_dir).as_posix() for path in dense.save_dir.rglob("*") if path.is_file()}
+    assert written == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "generation_config.json", "additional_chat_templates/file.jinja", "chatlearn_conversion.json",
+    }  # fmt: skip
+    assert json.loads((dense.save_dir / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_progress_counts_every_weight(dense: Run) -> None:
+    steps: list[tuple[int, int]] = []
+
+    def watch(done: int, total: int) -> None:
+        steps.append((done, total))
+
+    convert(dense.base, dense.checkpoints, dense.save_dir, 7, groupgemm=False, progress=watch)
+    total = sum(parameter.numel() for parameter in dense.model.parameters())
+    assert steps[-1] == (total, total)
+    assert [done for done, _ in steps] == sorted({done for done, _ in steps})
+
+
+def test_a_missing_hf_dir_gives_way_to_the_base_model_of_the_run(dense: Run, tmp_path: Path) -> None:
+    absent = tmp_path / "Qwen3-8B"
+    report = dense.convert(hf_dir=absent)
+    assert report.base_dir == dense.base
+    assert report.notes == (f"{absent} does not exist; taking the run's base model {dense.base} instead",)
+
+    moved = dense.base.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=rf"--hf_dir {absent}: no such folder.*{dense.base}"):
+        dense.convert(hf_dir=absent)
+    (dense.output / "manifest.json").write_text(json.dumps({"model_path": str(moved)}))
+    assert dense.convert(hf_dir=absent).base_dir == moved
+
+
+def test_converting_again_replaces_the_earlier_conversion(dense: Run) -> None:
+    dense.convert()
+    (dense.save_dir / "config.json").write_text("{}")
+    dense.convert()
+    assert loaded(dense.save_dir).config.vocab_size == SIZES["vocab_size"]
+    assert sorted(path.name for path in dense.save_dir.parent.iterdir()) == ["huggingface", "policy_trainer"]
+
+
+def test_an_empty_save_dir_is_used(dense: Run) -> None:
+    dense.save_dir.mkdir()
+    assert dense.convert().save_dir == dense.save_dir
+
+
+def test_a_save_dir_with_other_things_is_left_alone(dense: Run) -> None:
+    with pytest.raises(ConfigError, match="not an earlier conversion"):
+        dense.convert(save_dir=dense.base)
+    with pytest.raises(ConfigError, match="is a file"):
+        dense.convert(save_dir=dense.base / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json/here: cannot be written"):
+        dense.convert(save_dir=dense.base / "config.json" / "here")
+    dense.convert()
+    (dense.save_dir / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds notes\.txt"):
+        dense.convert()
+    assert (dense.save_dir / "notes.txt").read_text() == "mine"
+
+
+def test_an_unknown_iteration_lists_those_that_exist(dense: Run) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint of iteration 200; complete ones: 7$"):
+        convert(dense.base, dense.checkpoints, dense.save_dir, iteration=200, groupgemm=False)
+    with pytest.raises(CheckpointError, match=r"complete ones: none"):
+        convert(dense.base, dense.output, dense.save_dir, iteration=7, groupgemm=False)
+    with pytest.raises(CheckpointError, match=r"give the run's save_model/policy_trainer"):
+        convert(dense.base, dense.output / "nowhere", dense.save_dir, iteration=7, groupgemm=False)
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "short shard", "no manifest", "no metadata"])
+def test_a_damaged_checkpoint_is_refused_and_the_earlier_conversion_stays(dense: Run, damage: str) -> None:
+    dense.convert()
+    folder = dense.checkpoints / "7"
+    shard = folder / "model" / "__0_0.distcp"
+    match damage:
+        case "flipped byte":
+            content = bytearray(shard.read_bytes())
+            content[-5000] ^= 4
+            shard.write_bytes(content)
+        case "short shard":
+            shard.write_bytes(shard.read_bytes()[:-100])
+        case "no manifest":
+            (folder / "checkpoint.json").unlink()
+        case _:
+            (folder / "model" / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=rf"{folder}: .*(damaged|incomplete)"):
+        dense.convert()
+    assert loaded(dense.save_dir).config.vocab_size == SIZES["vocab_size"]
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "untied")
+    with torch.no_grad():
+        run.model.lm_head.weight[3, 3] = torch.inf
+    files = save_shards(begin(run.checkpoints, 7), run.model, torch.optim.AdamW(run.model.parameters()))
+    publish(run.checkpoints, Manifest(7, 7, "", "Qwen3ForCausalLM", groupgemm=False, num_ranks=1, files=files))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight.*not finite"):
+        run.convert()
+    assert not run.save_dir.exists()
+
+
+def test_groupgemm_is_refused_for_a_dense_model_and_noted_for_a_mixture(dense: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--groupgemm 1 is for mixtures of experts; Qwen3ForCausalLM is dense"):
+        dense.convert(groupgemm=True)
+    mixture = make_run(tmp_path / "moe", "moe", groupgemm=True)
+    assert mixture.convert(groupgemm=True).notes == ()
+    grouped = load_file(mixture.save_dir / "model.safetensors")
+    report = mixture.convert(groupgemm=False)
+    assert report.notes[0].startswith("--groupgemm 0 although training ran with 1")
+    plain = load_file(mixture.save_dir / "model.safetensors")
+    assert grouped.keys() == plain.keys()
+    assert all(torch.equal(grouped[name], plain[name]) for name in plain)
+
+
+def test_a_base_model_of_another_kind_or_size_is_refused(dense: Run, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "other", "moe")
+    with pytest.raises(ConfigError, match="is a Qwen3MoeForCausalLM, but the checkpoint holds a Qwen3ForCausalLM"):
+        dense.convert(hf_dir=other.base)
+    config = json.loads((dense.base / "config.json").read_text())
+    (dense.base / "config.json").write_text(json.dumps({**config, "vocab_size": 60}))
+    with pytest.raises(CheckpointError, match=r"embed_tokens.*\(50, 16\).*\(60, 16\)"):
+        dense.convert()
+    (dense.base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(DataError, match=r"(?s)config\.json: transformers cannot read it.*layer_types"):
+        dense.convert()
+    deeper = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    (dense.base / "config.json").write_text(json.dumps({**config, **deeper}))
+    with pytest.raises(CheckpointError, match=r"has no 'model\.layers\.2"):
+        dense.convert()
+    (dense.base / "config.json").unlink()
+    with pytest.raises(DataError, match=r"no config\.json"):
+        dense.convert()
+
+
+def test_a_stream_is_written_in_files_of_bounded_size_with_an_index(dense: Run) -> None:
+    stream = [(name, weight) for name, weight in dense.model.named_parameters()]
+    written = write_hugging_face(stream, dense.base, dense.save_dir, "float32", max_file_bytes=4000)
+    assert len(written.files) > 2
+    assert written.files[0] == f"model-00001-of-{len(written.files):05d}.safetensors"
+    weight_map = json.loads((dense.save_dir / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(weight_map) == {name for name, _ in stream}
+    largest = max(weight.nbytes for _, weight in stream)
+    for file in written.files:
+        assert sum(tensor.nbytes for tensor in load_file(dense.save_dir / file).values()) <= max(4000, largest)
+    assert torch.allclose(logits(loaded(dense.save_dir)), logits(dense.model), atol=1e-5, rtol=0)
+
+
+def test_a_stream_that_lacks_repeats_or_invents_a_tensor_is_refused(dense: Run) -> None:
+    stream = list(dense.model.named_parameters())
+    norm = "model.norm.weight"
+    lacking = [(name, weight) for name, weight in stream if name != norm]
+    for tensors, fault in (
+        (lacking, f"1 tensors of the model did not come, the first is '{norm}'"),
+        ([*stream, stream[0]], "came twice"),
+        ([*stream, ("lm_head.weight", torch.zeros(50, 16))], "'lm_head.weight' is not a tensor of this model"),
+        ([*lacking, (norm, torch.zeros(3))], r"'model.norm.weight' has shape \(3,\)"),
+    ):
+        with pytest.raises(CheckpointError, match=fault):
+            write_hugging_face(tensors, dense.base, dense.save_dir)
+        assert not dense.save_dir.exists()
