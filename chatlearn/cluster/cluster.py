@@ -1,0 +1,152 @@
+"""Opening and closing the cluster, and giving every process of a run its place."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from chatlearn.cluster.fanout import Group, Member, call, collect
+from chatlearn.cluster.placement import Demand, Placement, Slot
+from chatlearn.cluster.watchdog import start_watchdog
+from chatlearn.cluster.workers import Arrival, Seat
+from chatlearn.config.environment import prepare_local_ray
+from chatlearn.errors import RunError
+from chatlearn.observability.actors import Actor, ActorsFile
+
+RAY_TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
+CLOSE_TIMEOUT_S = 8.0  # Nothing of ours may be alive ten seconds after the end.
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """What is needed to open a cluster: the address to join (``None`` starts a local Ray), what is asked of it, where
+    logs go, and Ray's runtime environment for joined clusters."""
+
+    address: str | None
+    demand: Demand
+    output_dir: Path
+    runtime_env: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one process goes (``None``: anywhere), and its share of the accelerator, cores, threads and environment."""
+
+    slot: Slot | None
+    device_share: float
+    num_cpus: int
+    num_threads: int
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Troupe:
+    """Actors of one class that will form a group, one for each place."""
+
+    role: str
+    worker: type
+    places: Sequence[Place]
+
+
+class Cluster:
+    """A running Ray with this run's placement; knows every actor it started."""
+
+    def __init__(self, spec: ClusterSpec, placement: Placement, heartbeat: Callable[[], None]) -> None:
+        self.spec = spec
+        self.placement = placement
+        self.heartbeat = heartbeat
+        self._members: list[Member] = []
+        self._actors_file = ActorsFile(spec.output_dir / "actors.json")
+
+    @classmethod
+    @contextmanager
+    def open(cls, spec: ClusterSpec, heartbeat: Callable[[], None]) -> Generator[Cluster]:
+        """Start a local Ray or join the one at ``spec.address``; on exit nothing of the run is left behind."""
+        start_ray(spec)
+        try:
+            cluster = cls(spec, Placement.open(spec.demand), heartbeat)
+            try:
+                yield cluster
+            except BaseException:
+                cluster.abandon()
+                raise
+            cluster.close()
+        finally:
+            ray.shutdown()
+
+    def spawn(self, troupes: Sequence[Troupe]) -> list[Group]:
+        """Start one actor for every place of every troupe, all at once, and wait until they have arrived."""
+        starting = [
+            [self._start(troupe, rank, place) for rank, place in enumerate(troupe.places)] for troupe in troupes
+        ]
+        tickets = [(call(member, "arrive"), member) for members in starting for member in members]
+        arrivals: Iterator[Arrival] = iter(collect(tickets, self.heartbeat))
+        arrived = [[_met(member, next(arrivals)) for member in members] for members in starting]
+        self._members.extend(member for members in arrived for member in members)
+        self._report("running")
+        return [Group(members, _wait) for members in arrived]
+
+    def interruptible(self, group: Group) -> Group:
+        """The same actors, but waiting for them ends when the run's heartbeat says so."""
+        return Group(group.members, self.heartbeat)
+
+    def close(self) -> None:
+        """Let every actor say goodbye, then end it."""
+        tickets = [(call(member, "close"), member) for member in self._members]
+        ray.wait([reference for reference, _ in tickets], num_returns=len(tickets), timeout=CLOSE_TIMEOUT_S)
+        self.abandon("finished")
+
+    def abandon(self, state: str = "stopped") -> None:
+        """End every actor without asking."""
+        for member in self._members:
+            ray.kill(member.handle, no_restart=True)
+        self._report(state)
+        self.placement.close()
+
+    def _start(self, troupe: Troupe, rank: int, place: Place) -> Member:
+        log_file = str((self.spec.output_dir / "logs" / f"{troupe.role}_{rank}.log").absolute())
+        seat = Seat(troupe.role, rank, len(troupe.places), place.num_threads, log_file)
+        if place.slot is None:
+            options = {"num_cpus": place.num_cpus, "runtime_env": {"env_vars": place.environment}}
+        else:
+            options = self.placement.options(place.slot, place.device_share, place.environment)
+        handle = ray.remote(troupe.worker).options(**options).remote(seat)
+        return Member(troupe.role, rank, "a host it has not reached yet", 0, handle, log_file)
+
+    def _report(self, state: str) -> None:
+        rows = [Actor(member.role, member.rank, member.host, member.pid, state) for member in self._members]
+        driver = Actor("driver", 0, socket.gethostname(), os.getpid(), state)
+        self._actors_file.write([driver, *rows])
+
+
+def start_ray(spec: ClusterSpec) -> None:
+    """Join ``spec.address``, or start a Ray of our own that listens on the loopback address and asks for a token."""
+    common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "runtime_env": dict(spec.runtime_env)}
+    if spec.address is not None:
+        try:
+            ray.init(address=spec.address, **common)
+        except (ConnectionError, RayError) as error:
+            raise RunError(f"no Ray cluster answers at RAY_ADDRESS={spec.address}: {error}") from None
+        return
+    prepare_local_ray()
+    logging.getLogger(RAY_TOKEN_LOGGER).setLevel(logging.ERROR)  # That a token is asked for is no news to warn of.
+    start_watchdog(os.getpid())
+    num_cpus = max(os.cpu_count() or 1, spec.demand.num_slots + spec.demand.num_cpus)
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **common)
+
+
+def _met(member: Member, arrival: Arrival) -> Member:
+    return replace(member, host=arrival.host, pid=arrival.pid, address=arrival.address)
+
+
+def _wait() -> None:
+    """The heartbeat of work that is always finished."""

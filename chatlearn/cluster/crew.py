@@ -1,0 +1,166 @@
+"""Opening the actors of a run: who is started where, in which order, and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from chatlearn.batch.plan import BatchLayout
+from chatlearn.cluster.cluster import Cluster, Place, Troupe
+from chatlearn.cluster.fanout import Group, Ticket, call, collect
+from chatlearn.cluster.groups import PolicyGroup, ReferenceGroup, RewardGroup, TrainerGroup
+from chatlearn.cluster.workers import ReferenceWorker, RewardWorker, RolloutWorker, TrainerWorker
+from chatlearn.device import DeviceKind
+from chatlearn.rollout.engine import EngineSpec
+from chatlearn.trainer.build import ModelSpec
+from chatlearn.trainer.objective import Objective
+from chatlearn.trainer.optimizer import OptimizerSpec
+from chatlearn.trainer.parallel import ParallelPlan, Rendezvous
+from chatlearn.weights.wire import WireKind
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    """Where a role's processes go: slot numbers (none: anywhere), and what each process gets."""
+
+    slots: tuple[int, ...]
+    num_processes: int
+    device_share: float
+    num_cpus: int
+    num_threads: int
+    environments: tuple[dict[str, str], ...]  # One for each process.
+
+
+@dataclass(frozen=True)
+class EngineBlueprint:
+    """The engines: one spec for each replica."""
+
+    plan: RolePlan
+    engine: str
+    replicas: tuple[EngineSpec, ...]
+    wire: WireKind
+
+
+@dataclass(frozen=True)
+class ModelBlueprint:
+    """A sharded model that scores."""
+
+    plan: RolePlan
+    model: ModelSpec
+    parallel: ParallelPlan
+    scores: BatchLayout
+
+
+@dataclass(frozen=True)
+class TrainerBlueprint:
+    """A sharded model that learns."""
+
+    sharded: ModelBlueprint
+    optimizer: OptimizerSpec
+    objective: Objective
+    steps: BatchLayout
+
+
+@dataclass(frozen=True)
+class GraderBlueprint:
+    """The graders: the reward function's name (``None``: by data source), and the deadline of one answer."""
+
+    plan: RolePlan
+    reward: str | None
+    deadline_s: float
+    num_processes: int  # of each grader
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All roles of a run. ``shares_device``: engines and trainer take turns on the same accelerators."""
+
+    policy: EngineBlueprint
+    trainer: TrainerBlueprint
+    reference: ModelBlueprint | None
+    graders: GraderBlueprint
+    shares_device: bool
+    device_kind: DeviceKind
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The open groups."""
+
+    policy: PolicyGroup
+    trainer: TrainerGroup
+    reference: ReferenceGroup | None
+    graders: RewardGroup
+
+
+def open_crew(cluster: Cluster, blueprint: Blueprint) -> Crew:
+    """Start every process of the run, load the models, and connect trainer and engines."""
+    troupes = [
+        Troupe("policy", RolloutWorker, _places(cluster, blueprint.policy.plan)),
+        Troupe("policy_trainer", TrainerWorker, _places(cluster, blueprint.trainer.sharded.plan)),
+        Troupe("reward", RewardWorker, _places(cluster, blueprint.graders.plan)),
+    ]
+    if blueprint.reference is not None:
+        troupes.append(Troupe("ref_policy", ReferenceWorker, _places(cluster, blueprint.reference.plan)))
+    engines, trainers, graders, *references = cluster.spawn(troupes)
+
+    policy = PolicyGroup(cluster.interruptible(engines), blueprint.shares_device)
+    opening = engines.start("open", [(blueprint.policy.engine, spec) for spec in blueprint.policy.replicas])
+    opening += graders.start("open", _grading(blueprint.graders))
+    if blueprint.shares_device:  # An engine measures how much memory is free: the trainer must not be there yet.
+        collect(opening, cluster.heartbeat)
+        opening = []
+        policy.sleep()
+    opening += _open_trainer(trainers, blueprint)
+    opening += [ticket for group in references for ticket in _open_reference(group, blueprint)]
+    collect(opening, cluster.heartbeat)
+
+    learning = blueprint.trainer
+    trainer = TrainerGroup(trainers, learning.steps, learning.sharded.scores, blueprint.shares_device)
+    trainers.map("connect", blueprint.policy.wire, engines.members)
+    reference = _reference_group(references, blueprint)
+    return Crew(policy, trainer, reference, RewardGroup(graders))
+
+
+def _places(cluster: Cluster, plan: RolePlan) -> list[Place]:
+    slots = cluster.placement.slots
+    return [
+        Place(
+            slot=slots[plan.slots[number]] if plan.slots else None,
+            device_share=plan.device_share,
+            num_cpus=plan.num_cpus,
+            num_threads=plan.num_threads,
+            environment=plan.environments[number],
+        )
+        for number in range(plan.num_processes)
+    ]
+
+
+def _grading(graders: GraderBlueprint) -> list[tuple[str | None, float, int]]:
+    return [(graders.reward, graders.deadline_s, graders.num_processes)] * graders.plan.num_processes
+
+
+def _open_trainer(trainers: Group, blueprint: Blueprint) -> list[Ticket]:
+    learning = blueprint.trainer
+    meeting = _meeting(trainers, blueprint)
+    values = (meeting, learning.sharded.model, learning.sharded.parallel, learning.optimizer, learning.objective)
+    return trainers.start("open", [values] * len(trainers.members))
+
+
+def _open_reference(references: Group, blueprint: Blueprint) -> list[Ticket]:
+    assert blueprint.reference is not None, "there is a reference group only where there is a blueprint of it"
+    values = (_meeting(references, blueprint), blueprint.reference.model, blueprint.reference.parallel)
+    return references.start("open", [values] * len(references.members))
+
+
+def _reference_group(references: Sequence[Group], blueprint: Blueprint) -> ReferenceGroup | None:
+    if blueprint.reference is None:
+        return None
+    return ReferenceGroup(references[0], blueprint.reference.scores, blueprint.shares_device)
+
+
+def _meeting(group: Group, blueprint: Blueprint) -> Rendezvous:
+    """Rank 0 knows where it can be met."""
+    first = group.members[0]
+    address = collect([(call(first, "meeting_place"), first)], group.heartbeat)[0]
+    return Rendezvous(address, blueprint.device_kind)

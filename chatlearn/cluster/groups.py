@@ -1,0 +1,177 @@
+"""Typed faces of the groups of actors: what the loop says to the policy, the trainer, the reference and the graders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from chatlearn.batch.pack import TrainBatch, pack, unpack
+from chatlearn.batch.plan import BatchLayout
+from chatlearn.checkpoint.manifest import FileRecord
+from chatlearn.cluster.fanout import Group
+from chatlearn.errors import RunError
+from chatlearn.records import Graded, Prompt, Rollout, Sample, StepStats
+from chatlearn.rollout.dispatch import assemble, plan_dispatch
+from chatlearn.rollout.engine import Finished, SamplingPlan, WakePart
+from chatlearn.weights.wire import TransferStats
+
+Progress = Callable[[int, int], None]  # done, of how many
+LogprobColumn = Literal["old_logprobs", "ref_logprobs"]
+
+
+class PolicyGroup:
+    """The replicas of the rollout engine. ``shares_device`` says that training needs the memory they use."""
+
+    def __init__(self, group: Group, shares_device: bool) -> None:
+        self.group = group
+        self.shares_device = shares_device
+
+    def rollouts(
+        self, prompts: Sequence[Prompt], num_completions: int, plan: SamplingPlan, seeds: Sequence[int], show: Progress
+    ) -> list[Rollout]:
+        """Answer every prompt ``num_completions`` times; ``seeds`` has one entry for each replica.
+
+        Who answers what is planned from the batch alone, so the same batch and seeds sample the same answers.
+        """
+        shares = plan_dispatch(prompts, num_completions, len(self.group.members))
+        arguments = [(requests, replace(plan, seed=seed)) for requests, seed in zip(shares, seeds, strict=True)]
+        finished: list[Finished] = []
+        for parcel in self.group.stream("generate", arguments):
+            finished.extend(parcel)
+            show(len(finished), len(prompts) * num_completions)
+        return assemble(prompts, num_completions, finished)
+
+    def prove(self) -> None:
+        """Show on every replica that sent weights are sampled weights."""
+        self.group.map("prove")
+
+    def wake(self, part: WakePart) -> None:
+        """Take a part of the device's memory back, where it was given away."""
+        if self.shares_device:
+            self.group.map("wake", part)
+
+    def sleep(self) -> None:
+        """Give the device's memory to those who share it; the next transfer brings the weights again."""
+        if self.shares_device:
+            self.group.map("sleep")
+
+
+class TrainerGroup:
+    """The ranks of the policy trainer; ``steps`` and ``scores`` say how their batches are cut."""
+
+    def __init__(self, group: Group, steps: BatchLayout, scores: BatchLayout, shares_device: bool) -> None:
+        self.group = group
+        self.steps = steps
+        self.scores = scores
+        self.shares_device = shares_device
+
+    def step(self, samples: Sequence[Sample]) -> StepStats:
+        """Take one optimizer step with these samples."""
+        batch = pack(samples, self.steps)
+        if batch.num_loss_tokens == 0:
+            raise RunError(
+                f"none of the {len(samples)} answers of a batch can be learned from, because grading failed on all of "
+                "them; see rule_reward/grader_errors and the logs of the reward processes"
+            )
+        shares = [(micro_batches, batch.num_loss_tokens) for micro_batches in _for_every_rank(batch, self.group)]
+        stats: StepStats = self.group.each("step", shares)[0]
+        return stats
+
+    def annotate(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Copies of the samples with ``old_logprobs`` from the current weights."""
+        return annotate(self.group, samples, self.scores, "old_logprobs")
+
+    def send_weights(self, version: int) -> TransferStats:
+        """Stream the current weights into the engines."""
+        stats: TransferStats = self.group.map("send_weights", version)[0]
+        return stats
+
+    def save(self, staging: Path) -> tuple[FileRecord, ...]:
+        """Every rank writes its shards; returns what they wrote."""
+        return tuple(record for records in self.group.map("save", staging) for record in records)
+
+    def load(self, checkpoint: Path) -> None:
+        """Every rank takes over its part of a published checkpoint."""
+        self.group.map("load", checkpoint)
+
+    def save_hugging_face(self, base_dir: Path, save_dir: Path) -> None:
+        """Gather and write the weights as a Hugging Face directory."""
+        self.group.map("save_hugging_face", base_dir, save_dir)
+
+    def peak_memory_gb(self) -> float:
+        """The highest peak of any rank."""
+        return max(self.group.map("peak_memory_gb"))
+
+    @contextmanager
+    def resident(self) -> Generator[None]:
+        """Weights and optimizer are on the device inside, and at home outside where others need the device."""
+        with _resident(self.group, self.shares_device):
+            yield
+
+
+class ReferenceGroup:
+    """The ranks of the frozen reference model."""
+
+    def __init__(self, group: Group, scores: BatchLayout, shares_device: bool) -> None:
+        self.group = group
+        self.scores = scores
+        self.shares_device = shares_device
+
+    def annotate(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Copies of the samples with ``ref_logprobs``."""
+        return annotate(self.group, samples, self.scores, "ref_logprobs")
+
+    @contextmanager
+    def resident(self) -> Generator[None]:
+        """Weights are on the device inside, and at home outside where others need the device."""
+        with _resident(self.group, self.shares_device):
+            yield
+
+
+class RewardGroup:
+    """The replicas of the grader."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
+        """Judge every completion; the answers are in the order of the rollouts."""
+        num_workers = len(self.group.members)
+        shares = [(list(rollouts[worker::num_workers]),) for worker in range(num_workers)]
+        graded: list[list[Graded]] = self.group.each("grade", shares)
+        return [graded[index % num_workers][index // num_workers] for index in range(len(rollouts))]
+
+    def grade_gold(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Try the graders on gold answers; a line for each one that is not recognised."""
+        num_workers = len(self.group.members)
+        shares = [(list(prompts[worker::num_workers]),) for worker in range(num_workers)]
+        return [line for lines in self.group.each("grade_gold", shares) for line in lines]
+
+
+def annotate(group: Group, samples: Sequence[Sample], layout: BatchLayout, column: LogprobColumn) -> list[Sample]:
+    """Score the samples with the group's model and return copies that carry the result in ``column``."""
+    batch = pack(samples, layout)
+    values = group.each("logprobs", [(micro_batches,) for micro_batches in _for_every_rank(batch, group)])
+    streams = unpack(batch, values)
+    if column == "old_logprobs":
+        return [replace(sample, old_logprobs=stream) for sample, stream in zip(samples, streams, strict=True)]
+    return [replace(sample, ref_logprobs=stream) for sample, stream in zip(samples, streams, strict=True)]
+
+
+def _for_every_rank(batch: TrainBatch, group: Group) -> list[object]:
+    """Ranks that share a sequence (sequence parallelism) receive the same micro-batches."""
+    ranks_per_share = len(group.members) // len(batch.ranks)
+    return [micro_batches for micro_batches in batch.ranks for _ in range(ranks_per_share)]
+
+
+@contextmanager
+def _resident(group: Group, shares_device: bool) -> Generator[None]:
+    """No ``finally``: an error ends the run, and asking broken ranks to tidy up would only hide it."""
+    if shares_device:
+        group.map("bring")
+    yield
+    if shares_device:
+        group.map("send_home")

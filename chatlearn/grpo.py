@@ -1,0 +1,149 @@
+"""GRPO as a story: roll out, score, compare, learn, publish. Read this file first.
+
+An episode is one turn of that circle. The weights that an episode publishes are called by its number, and every token
+carries the version it was sampled from; version 0 is the model one started with.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from chatlearn.algorithm.advantage import AdvantageFn
+from chatlearn.checkpoint.run_state import RunState
+from chatlearn.cluster.interruption import Interrupted, Interruption
+from chatlearn.config.environment import Environment
+from chatlearn.config.layout import layout_of
+from chatlearn.config.schema import GrpoConfig
+from chatlearn.observability.describe import describe_evaluation, describe_rollouts
+from chatlearn.observability.journal import Journal, Page
+from chatlearn.records import Completion, Graded, Prompt, Sample
+from chatlearn.saving import announce, beginning, is_due, is_save_due, open_journal, resume, save
+from chatlearn.team import Team, gather
+from chatlearn.weights.wire import TransferStats
+
+
+def run(config: GrpoConfig) -> None:
+    """Train until ``num_episode``; go on where an earlier run with the same ``output_dir`` stopped."""
+    layout = layout_of(config, Environment.read())
+    state = beginning(config, layout)
+    if state.episode >= config.runtime_args.num_episode:
+        announce(f"finished at {state.episode}")
+        return
+    interruption = Interruption()
+    with (
+        interruption.listening(),
+        open_journal(config, layout, state) as journal,
+        gather(config, layout, state, journal, interruption.check) as team,
+    ):
+        resume(team, state)
+        publish(team, version=state.policy_version)
+        if state.episode == 0 and team.args.enable_eval_before_training:
+            with journal.page(0) as page:
+                evaluate(team, page, episode=0)
+        try:
+            for episode in range(state.episode + 1, team.args.num_episode + 1):
+                state = turn(team, journal, state, episode)
+                interruption.check()
+        except Interrupted:
+            journal.say(f"interrupted; keeping the state after episode {state.episode}")
+            save(team, state, journal)
+            raise
+        journal.curve()
+
+
+def turn(team: Team, journal: Journal, state: RunState, episode: int) -> RunState:
+    """One episode with what belongs to its end: evaluation, metrics on disk, and only then the checkpoint."""
+    with journal.page(episode) as page:
+        state = live(team, page, state, episode)
+        if is_due(episode, team.args.eval_episode_interval):
+            evaluate(team, page, episode)
+    if is_save_due(team.args, episode):
+        save(team, state, journal)
+    return state
+
+
+def live(team: Team, page: Page, state: RunState, episode: int) -> RunState:
+    """One synchronous episode: from prompts to published weights."""
+    with page.phase("rollout"):
+        prompts = team.prompts.take(team.layout.prompts_per_episode)
+        seeds = team.seeds(episode, "rollout")
+        rollouts = team.policy.rollouts(prompts, team.completions_per_prompt, team.sampling, seeds, page.progress)
+        team.policy.sleep()  # Its memory is for training now; publishing wakes it with the next weights.
+
+    with page.phase("reward"):
+        graded = team.graders.grade(rollouts)
+    page.add(describe_rollouts(graded))
+
+    samples = [sample for group in graded for sample in compare(group, team.advantage)]
+    page.keep(graded, samples)
+
+    if team.reference is not None:  # Absent when kl_coef is zero.
+        with page.phase("reference"), team.reference.resident():
+            samples = team.reference.annotate(samples)
+
+    with page.phase("train"), team.trainer.resident():
+        if team.layout.steps_per_episode > 1:  # With a single step the step itself computes them.
+            with page.phase("old_logprobs"):
+                samples = team.trainer.annotate(samples)
+        for batch in team.batches(samples, episode):
+            page.add_step(team.trainer.step(batch))
+
+    with page.phase("publish"):
+        page.add_transfer(publish(team, version=episode))
+
+    position = team.prompts.position
+    return RunState(
+        episode=episode,
+        train_iteration=state.train_iteration + team.layout.steps_per_episode,
+        policy_version=episode,
+        epoch=position.epoch,
+        offset=position.offset,
+        deferred=position.deferred,
+        metrics_bytes=state.metrics_bytes,
+    )
+
+
+def compare(group: Graded, advantage: AdvantageFn) -> list[Sample]:
+    """Tell every answer how it did beside its siblings.
+
+    An answer that the grader failed on is neither right nor wrong: it stays out of the comparison and out of the loss.
+    """
+    values = iter(advantage([score.value for score in group.scores if score.error is None]))
+    return [
+        to_sample(group.rollout.prompt, completion, next(values) if score.error is None else None)
+        for completion, score in zip(group.rollout.completions, group.scores, strict=True)
+    ]
+
+
+def to_sample(prompt: Prompt, completion: Completion, advantage: float | None) -> Sample:
+    """Prompt and answer as one stream; ``None`` as advantage means that nothing is to be learned from this answer."""
+    num_prompt, num_completion = len(prompt.token_ids), len(completion.token_ids)
+    silence = np.zeros(num_prompt, np.float32)
+    return Sample(
+        prompt_uid=prompt.uid,
+        token_ids=np.concatenate([prompt.token_ids, completion.token_ids]),
+        loss_mask=np.repeat([False, advantage is not None], [num_prompt, num_completion]),
+        rollout_logprobs=np.concatenate([silence, completion.logprobs]),
+        advantages=np.concatenate([silence, np.full(num_completion, advantage or 0.0, np.float32)]),
+    )
+
+
+def publish(team: Team, version: int) -> TransferStats:
+    """Carry the trainer's weights into the engines, where they are called ``version`` from now on."""
+    team.policy.wake("weights")
+    with team.trainer.resident():
+        stats = team.trainer.send_weights(version)
+    team.policy.wake("kv_cache")
+    return stats
+
+
+def evaluate(team: Team, page: Page, episode: int) -> None:
+    """Answer every evaluation prompt with the evaluation's own sampling and random streams."""
+    if not team.evaluation_prompts:
+        return
+    with page.phase("evaluate"):
+        seeds = team.seeds(episode, "evaluation")
+        rollouts = team.policy.rollouts(
+            team.evaluation_prompts, team.evaluation_completions, team.evaluation_sampling, seeds, page.progress
+        )
+        page.add(describe_evaluation(team.graders.grade(rollouts)))

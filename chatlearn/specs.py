@@ -1,0 +1,230 @@
+"""From what a user wrote to the frozen records that each trade takes: the only reader of the configuration's fields."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from chatlearn import device
+from chatlearn.algorithm.loss import POLICY_LOSSES, ClipRange
+from chatlearn.batch.plan import BatchLayout
+from chatlearn.checkpoint.run_state import RunState
+from chatlearn.cluster.crew import (
+    Blueprint,
+    EngineBlueprint,
+    GraderBlueprint,
+    ModelBlueprint,
+    RolePlan,
+    TrainerBlueprint,
+)
+from chatlearn.config.layout import Layout, PackingRule, ShardedPlan
+from chatlearn.config.resolve import resolve
+from chatlearn.config.schema import GrpoConfig
+from chatlearn.observability.sinks import JournalSpec, WandbSpec
+from chatlearn.rollout.engine import EngineSpec, SamplingPlan
+from chatlearn.rollout.environment import engine_environment
+from chatlearn.trainer.build import ModelSpec
+from chatlearn.trainer.objective import Objective
+from chatlearn.trainer.optimizer import OptimizerSpec
+from chatlearn.trainer.parallel import ParallelPlan
+from chatlearn.weights.wire import choose_wire
+
+MIN_CACHE_BYTES = 2**28
+CACHE_BYTES_PER_TOKEN = 2**13  # Enough for models that a CPU can train: 2 x 4 bytes x 1,024 numbers of keys and values.
+
+# Where a run stays on one machine, its processes talk to each other over the loopback interface and no other.
+LOOPBACK_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
+
+
+def model_spec(config: GrpoConfig, layout: Layout, plan: ShardedPlan) -> ModelSpec:
+    """The model of the trainer or of the reference; both score at the temperature that was sampled with."""
+    trainer = config.models.policy_trainer
+    return ModelSpec(
+        path=Path(plan.load),
+        compute_dtype=device.compute_dtype(layout.device_kind),
+        temperature=config.models.policy.temperature,
+        gradient_checkpointing=trainer.gradient_checkpointing,
+        grouped_experts=plan.groupgemm,
+        meta_init=plan.meta_init,
+        trust_remote_code=trainer.trust_remote_code,
+    )
+
+
+def parallel_plan(plan: ShardedPlan) -> ParallelPlan:
+    """One copy of the model in shards over all ranks."""
+    return ParallelPlan(num_ranks=plan.num_ranks, fsdp_size=plan.num_ranks)
+
+
+def batch_layout(rule: PackingRule) -> BatchLayout:
+    """How batches of one model are cut."""
+    return BatchLayout(rule.num_data_ranks, rule.packing, rule.max_tokens, rule.micro_batch_size)
+
+
+def optimizer_spec(config: GrpoConfig) -> OptimizerSpec:
+    """AdamW as asked for."""
+    asked = config.models.policy_trainer.optimizer
+    return OptimizerSpec(asked.lr, asked.weight_decay, asked.adam_beta1, asked.adam_beta2, asked.clip_grad)
+
+
+def objective(config: GrpoConfig) -> Objective:
+    """The loss with its clip range and its two optional terms."""
+    trainer = config.models.policy_trainer
+    return Objective(
+        loss=resolve(POLICY_LOSSES, trainer.loss, "models.policy_trainer.loss"),
+        clip=ClipRange(
+            low=trainer.neg_clip_ratio,
+            high=trainer.pos_clip_ratio,
+            max_log_ratio=trainer.diff_clip_ratio,
+            dual=trainer.final_clip_ratio,
+        ),
+        kl_coef=trainer.kl_coef,
+        entropy_coef=trainer.entropy_coef,
+    )
+
+
+def engine_spec(config: GrpoConfig, layout: Layout, cores: tuple[int, ...]) -> EngineSpec:
+    """What all engines have in common; ``cores`` are those of the host, ``()`` where hosts differ."""
+    policy, runtime = config.models.policy, config.runtime_args
+    return EngineSpec(
+        model_path=config.models.policy_trainer.load,
+        max_model_len=layout.policy.max_sequence_tokens,
+        dtype=device.compute_dtype(layout.device_kind),
+        device_kind=layout.device_kind,
+        tensor_parallel_size=layout.policy.tensor_parallel_size,
+        max_num_seqs=policy.generation_batch_size,
+        max_num_batched_tokens=policy.max_num_batched_tokens,
+        gpu_memory_utilization=policy.gpu_memory_utilization,
+        enforce_eager=policy.enforce_eager,
+        kv_cache_bytes=_cache_bytes(config, layout),
+        seed=runtime.seed,
+        wire=choose_wire(layout.device_kind, layout.colocated),
+        cpu_cores=cores,
+        trust_remote_code=config.models.policy_trainer.trust_remote_code,
+        sleep_enabled=layout.device_kind == "cuda" and layout.colocated,
+    )
+
+
+def _cache_bytes(config: GrpoConfig, layout: Layout) -> int:
+    """Room for every sequence that runs at once (CPU only: on a GPU ``gpu_memory_utilization`` decides)."""
+    tokens = layout.policy.max_sequence_tokens * config.models.policy.generation_batch_size
+    return max(MIN_CACHE_BYTES, tokens * CACHE_BYTES_PER_TOKEN)
+
+
+def for_replica(spec: EngineSpec, replica: int, num_replicas: int) -> EngineSpec:
+    """The spec of one replica: its number, and its share of the cores (more replicas than cores share single ones)."""
+    if not spec.cpu_cores:
+        return replace(spec, replica=replica)
+    width = max(1, len(spec.cpu_cores) // num_replicas)
+    first = replica * width % len(spec.cpu_cores)
+    return replace(spec, replica=replica, cpu_cores=spec.cpu_cores[first : first + width])
+
+
+def sampling_plan(config: GrpoConfig) -> SamplingPlan:
+    """How training answers are sampled."""
+    policy = config.models.policy
+    return SamplingPlan(
+        temperature=policy.temperature,
+        top_p=policy.top_p,
+        top_k=max(0, policy.top_k),
+        min_p=policy.min_p,
+        presence_penalty=policy.presence_penalty,
+        frequency_penalty=policy.frequency_penalty,
+        repetition_penalty=policy.repetition_penalty,
+        max_tokens=policy.max_response_tokens_length,
+    )
+
+
+def evaluation_plan(config: GrpoConfig) -> SamplingPlan:
+    """How evaluation answers are sampled."""
+    policy = config.models.policy
+    return SamplingPlan(
+        temperature=policy.eval_temperature,
+        top_p=policy.eval_top_p,
+        top_k=max(0, policy.eval_top_k),
+        min_p=policy.eval_min_p,
+        presence_penalty=policy.eval_presence_penalty,
+        frequency_penalty=policy.eval_frequency_penalty,
+        repetition_penalty=policy.eval_repetition_penalty,
+        max_tokens=policy.max_response_tokens_length,
+    )
+
+
+def journal_spec(config: GrpoConfig, layout: Layout, state: RunState) -> JournalSpec:
+    """Where the numbers of the run go; what was written after the state one goes on from is forgotten."""
+    runtime, log = config.runtime_args, config.runtime_args.log_args_dict
+    wandb = WandbSpec(log.wandb_project, layout.folders.wandb, log.wandb_name, log.wandb_id, log.wandb_resume)
+    return JournalSpec(
+        directory=layout.folders.output,
+        num_episodes=runtime.num_episode,
+        resume_after=state.episode if state.episode > 0 else None,
+        save_rollouts=runtime.save_rollouts,
+        tensorboard_dir=layout.folders.tensorboard if log.enable_tensorboard else None,
+        wandb=wandb if log.enable_wandb else None,
+        settings=config.model_dump(),
+    )
+
+
+def blueprint(config: GrpoConfig, layout: Layout, *, one_host: bool) -> Blueprint:
+    """Every process of the run; ``one_host`` says that Ray is ours and everything stays on this machine."""
+    shares_device = layout.device_kind == "cuda" and layout.colocated
+    return Blueprint(
+        policy=_engines(config, layout, one_host=one_host),
+        trainer=TrainerBlueprint(
+            sharded=_sharded(config, layout, layout.trainer, "policy_trainer", one_host=one_host),
+            optimizer=optimizer_spec(config),
+            objective=objective(config),
+            steps=batch_layout(layout.training),
+        ),
+        reference=None
+        if layout.reference is None
+        else _sharded(config, layout, layout.reference, "ref_policy", one_host=one_host),
+        graders=_graders(config, layout),
+        shares_device=shares_device,
+        device_kind=layout.device_kind,
+    )
+
+
+def _engines(config: GrpoConfig, layout: Layout, *, one_host: bool) -> EngineBlueprint:
+    engines = layout.policy
+    common = engine_spec(config, layout, tuple(sorted(os.sched_getaffinity(0))) if one_host else ())
+    replicas = tuple(for_replica(common, replica, engines.num_replicas) for replica in range(engines.num_replicas))
+    slots, share = _place(layout, "policy")
+    firsts = slots[:: engines.tensor_parallel_size]
+    environments = tuple(
+        device.worker_environment(layout.device_kind, engines.cores_per_process * engines.tensor_parallel_size)
+        | engine_environment(spec)
+        | (LOOPBACK_ENVIRONMENT if one_host else {})
+        for spec in replicas
+    )
+    plan = RolePlan(firsts, engines.num_replicas, share, 0, engines.cores_per_process, environments)
+    return EngineBlueprint(plan, config.runtime_args.rollout_backend, replicas, common.wire)
+
+
+def _sharded(config: GrpoConfig, layout: Layout, sharded: ShardedPlan, role: str, *, one_host: bool) -> ModelBlueprint:
+    slots, share = _place(layout, role)
+    environment = device.worker_environment(
+        layout.device_kind, sharded.cores_per_process, expandable_segments=sharded.use_expandable_segments
+    ) | (LOOPBACK_ENVIRONMENT if one_host else {})
+    plan = RolePlan(slots, sharded.num_ranks, share, 0, sharded.cores_per_process, (environment,) * sharded.num_ranks)
+    return ModelBlueprint(
+        plan, model_spec(config, layout, sharded), parallel_plan(sharded), batch_layout(sharded.scoring)
+    )
+
+
+def _graders(config: GrpoConfig, layout: Layout) -> GraderBlueprint:
+    reward = config.models.reward
+    environment = device.worker_environment("cpu", 1)
+    plan = RolePlan((), layout.num_graders, 0.0, reward.cpu_per_process, 1, (environment,) * layout.num_graders)
+    return GraderBlueprint(plan, reward.function, reward.deadline_s, reward.cpu_per_process)
+
+
+def _place(layout: Layout, role: str) -> tuple[tuple[int, ...], float]:
+    """The slots of a role, and its share of each slot's accelerator; roles that share take equal parts."""
+    first = 0
+    for group in layout.groups:
+        if role in group.roles:
+            size = group.sizes[group.roles.index(role)]
+            return tuple(range(first, first + size)), 1.0 / len(group.roles)
+        first += group.num_devices
+    raise AssertionError(f"the layout has no place for {role}")

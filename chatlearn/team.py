@@ -1,0 +1,135 @@
+"""Who takes part in a run: prompts, engines, trainer, reference, graders, and what they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from chatlearn import specs
+from chatlearn.algorithm.advantage import ADVANTAGES, AdvantageFn
+from chatlearn.checkpoint.run_state import RunState
+from chatlearn.cluster.cluster import Cluster, ClusterSpec
+from chatlearn.cluster.crew import open_crew
+from chatlearn.cluster.groups import PolicyGroup, ReferenceGroup, RewardGroup, TrainerGroup
+from chatlearn.cluster.placement import Demand
+from chatlearn.config.environment import Environment
+from chatlearn.config.layout import Layout
+from chatlearn.config.resolve import resolve
+from chatlearn.config.schema import GrpoConfig, RuntimeArgs
+from chatlearn.data.prompts import ChatFormat, PromptSet, read_prompts
+from chatlearn.data.stream import PromptStream, StreamPosition
+from chatlearn.observability.journal import Journal
+from chatlearn.records import Prompt, Sample
+from chatlearn.reward.gold_check import gold_check
+from chatlearn.reward.grade import require_rewards
+from chatlearn.rollout.dispatch import SamplingPurpose, engine_seed
+from chatlearn.rollout.engine import SamplingPlan
+
+GOLD_LEDGER = "gold_checks.json"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a run asks: prompts to train on, and prompts to evaluate with (none where nothing is evaluated)."""
+
+    training: PromptSet
+    evaluation: PromptSet | None
+
+    @property
+    def sources(self) -> set[str]:
+        """Every data source that will have to be graded."""
+        evaluation = self.evaluation.prompts if self.evaluation else ()
+        return {prompt.source for prompt in (*self.training.prompts, *evaluation)}
+
+
+@dataclass(frozen=True)
+class Team:
+    """Everything the loop speaks to. ``reference`` is absent when ``kl_coef`` is zero."""
+
+    args: RuntimeArgs
+    layout: Layout
+    prompts: PromptStream
+    evaluation_prompts: Sequence[Prompt]
+    policy: PolicyGroup
+    trainer: TrainerGroup
+    reference: ReferenceGroup | None
+    graders: RewardGroup
+    advantage: AdvantageFn
+    sampling: SamplingPlan
+    evaluation_sampling: SamplingPlan
+    completions_per_prompt: int
+    evaluation_completions: int
+    saves_hugging_face: bool
+
+    def seeds(self, episode: int, purpose: SamplingPurpose) -> list[int]:
+        """One seed for each engine: training and evaluation never share a random stream."""
+        replicas = range(self.layout.policy.num_replicas)
+        return [engine_seed(self.args.seed, episode, replica, purpose) for replica in replicas]
+
+    def batches(self, samples: Sequence[Sample], episode: int) -> Iterator[list[Sample]]:
+        """The episode's samples, one list for every optimizer step."""
+        return self.layout.batches(samples, seed=self.args.seed + episode)
+
+
+@contextmanager
+def gather(
+    config: GrpoConfig, layout: Layout, state: RunState, journal: Journal, heartbeat: Callable[[], None]
+) -> Generator[Team]:
+    """Read the data, open the cluster, start everybody; inside, the team is ready, and after it nobody is left."""
+    questions = read_questions(config)
+    journal.say(questions.training.summary)
+    policy = config.models.policy
+    address = Environment.read().ray_address
+    spec = ClusterSpec(
+        address=address,
+        demand=Demand(layout.num_devices, layout.device_kind == "cuda", config.models.reward.num_cpu),
+        output_dir=layout.folders.output,
+    )
+    with Cluster.open(spec, heartbeat) as cluster:
+        journal.say("starting engines and trainer")
+        crew = open_crew(cluster, specs.blueprint(config, layout, one_host=address is None))
+        check = gold_check(
+            questions.training.prompts,
+            crew.graders.grade_gold,
+            layout.folders.output / GOLD_LEDGER,
+            questions.training.content_hash,
+            config.runtime_args.seed,
+        )
+        journal.say("; ".join([check.summary, *check.examples]))
+        position = StreamPosition(state.epoch, state.offset, state.deferred)
+        yield Team(
+            args=config.runtime_args,
+            layout=layout,
+            prompts=PromptStream(
+                questions.training.prompts, config.runtime_args.seed, config.runtime_args.data_shuffle, position
+            ),
+            evaluation_prompts=questions.evaluation.prompts if questions.evaluation else (),
+            policy=crew.policy,
+            trainer=crew.trainer,
+            reference=crew.reference,
+            graders=crew.graders,
+            advantage=resolve(ADVANTAGES, config.runtime_args.advantage, "runtime_args.advantage"),
+            sampling=specs.sampling_plan(config),
+            evaluation_sampling=specs.evaluation_plan(config),
+            completions_per_prompt=policy.num_inference_per_prompt,
+            evaluation_completions=config.runtime_args.eval_samples_per_prompt,
+            saves_hugging_face=config.models.policy_trainer.save_hf,
+        )
+
+
+def read_questions(config: GrpoConfig) -> Questions:
+    """Read and tokenise the prompts; the first thing a run does, because bad data should cost nobody a cluster."""
+    from transformers import AutoTokenizer
+
+    policy, trainer = config.models.policy, config.models.policy_trainer
+    tokenizer = AutoTokenizer.from_pretrained(trainer.load, trust_remote_code=trainer.trust_remote_code)
+    chat = ChatFormat(tokenizer, policy.enable_thinking)
+    limit = policy.max_prompt_tokens_length
+    evaluation = config.runtime_args.eval_data_path
+    questions = Questions(
+        training=read_prompts(config.runtime_args.data_path, chat, limit),
+        evaluation=None if evaluation is None else read_prompts(evaluation, chat, limit),
+    )
+    require_rewards(questions.sources, config.models.reward.function)
+    return questions

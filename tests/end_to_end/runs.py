@@ -1,0 +1,103 @@
+"""Starting runs, watching them, and reading what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 240.0
+RUN_TIMEOUT_S = 400.0
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Starts ``chatlearn grpo`` on the quickstart's template."""
+
+    data: Path
+
+    def command(self, output: Path, *overrides: str) -> list[str]:
+        """The command line of a small run."""
+        return [
+            sys.executable,
+            "chatlearn/entrypoint.py",
+            "grpo",
+            "--config-file",
+            "template/quickstart.yaml",
+            f"runtime_args.data_path={self.data / 'train.json'}",
+            f"runtime_args.eval_data_path={self.data / 'test.json'}",
+            f"runtime_args.output_dir={output}",
+            *overrides,
+        ]
+
+    def start(self, output: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+        """Start a run and return at once."""
+        return subprocess.Popen(
+            self.command(output, *overrides),
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, output: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Start a run and wait for its end."""
+        process = self.start(output, *overrides, **environment)
+        return finish(process)
+
+
+def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Wait for the end of a run and collect what it said."""
+    output, errors = process.communicate(timeout=RUN_TIMEOUT_S)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def metrics(output: Path) -> dict[int, dict[str, float]]:
+    """The numbers of every step."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in (output / "metrics.jsonl").read_text().splitlines():
+        numbers: dict[str, Any] = json.loads(line)
+        steps.setdefault(numbers["step"], {}).update(numbers)
+    return steps
+
+
+def actors(output: Path) -> list[dict[str, Any]]:
+    """Who takes part."""
+    rows: list[dict[str, Any]] = json.loads((output / "actors.json").read_text())["actors"]
+    return rows
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
+    """Wait for something a run does; fails with its messages when it ends before."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not condition():
+        assert process.poll() is None, f"the run ended before {what}: {process.communicate()[1]}"
+        assert time.monotonic() < deadline, f"no {what} within {START_TIMEOUT_S} s"
+        time.sleep(0.2)
+
+
+def trained(output: Path, episode: int) -> Callable[[], bool]:
+    """Whether the numbers of ``episode`` are on disk."""
+    return lambda: (output / "metrics.jsonl").exists() and episode in metrics(output)
+
+
+def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Every process below a run, Ray's included."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def survivors(processes: list[psutil.Process], after_s: float) -> list[str]:
+    """Command lines of those that live ``after_s`` seconds from now."""
+    _, alive = psutil.wait_procs(processes, timeout=after_s)
+    return [" ".join(process.cmdline()) for process in alive if process.status() != psutil.STATUS_ZOMBIE]
