@@ -1,0 +1,165 @@
+"""The machine under a process: which accelerator, how much memory, how many threads.
+
+This is the only module that says ``cuda``. torch is imported inside the functions, so that the driver can plan and
+set up child processes without loading it.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from chatlearn.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+DeviceKind = Literal["cpu", "cuda"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+DtypeName = Literal["float32", "bfloat16"]
+
+BYTES_PER_GB = 10**9
+
+# Dense bfloat16 peaks from the vendors' data sheets, in floating-point operations per second. The first row whose name
+# occurs in the device's name counts, so a longer name stands before the shorter one it contains.
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("GB200", 2.5e15),
+    ("B200", 2.25e15),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H800", 989e12),
+    ("H20", 148e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("RTX 4090", 165e12),
+)
+
+
+def resolve_kind(asked: DeviceChoice) -> DeviceKind:
+    """The kind of device to use; ``auto`` takes an accelerator when there is one."""
+    if asked == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if asked == "auto":
+        return "cpu"
+    raise ConfigError(
+        "runtime_args.device=cuda, but torch sees no CUDA device on this machine; "
+        "use runtime_args.device=cpu, or install a CUDA build of torch and check that nvidia-smi answers"
+    )
+
+
+def backend_of(kind: DeviceKind) -> Literal["gloo", "nccl"]:
+    """The collective library that connects devices of this kind."""
+    return "nccl" if kind == "cuda" else "gloo"
+
+
+def compute_dtype(kind: DeviceKind) -> DtypeName:
+    """The number format of forward and backward: bfloat16 where tensor cores make it fast, else float32."""
+    return "bfloat16" if kind == "cuda" else "float32"
+
+
+def rank_device(kind: DeviceKind, local_rank: int = 0) -> torch.device:
+    """Make the device of this rank the process's current one and return it.
+
+    ``local_rank`` counts the devices the process can see: 0 where each process is shown only its own.
+    """
+    import torch
+
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Bound the threads of torch's operators in this process."""
+    import torch
+
+    torch.set_num_threads(num_threads)
+
+
+def synchronise(kind: DeviceKind) -> None:
+    """Wait for everything the device was asked to do, so that a clock read next tells the truth."""
+    if kind == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def empty_cache(kind: DeviceKind) -> None:
+    """Give memory that torch holds in reserve back to the device, for another process to use."""
+    if kind == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def memory_gb(kind: DeviceKind) -> float:
+    """Memory in use now, in GB: torch's allocations on the device, or the process's resident memory on the host."""
+    if kind == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated() / BYTES_PER_GB
+    statm = Path("/proc/self/statm")  # pages: total, resident, ...
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize() / BYTES_PER_GB
+    return peak_memory_gb(kind)
+
+
+def peak_memory_gb(kind: DeviceKind) -> float:
+    """The most memory that was ever in use, in GB; on the device since ``reset_peak_memory``."""
+    if kind == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / BYTES_PER_GB
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / BYTES_PER_GB
+
+
+def reset_peak_memory(kind: DeviceKind) -> None:
+    """Start a new measurement of the device's peak; the host's peak cannot be reset."""
+    if kind == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_flops(kind: DeviceKind) -> float | None:
+    """Dense bfloat16 operations per second the current device can reach; ``None`` where it is not known."""
+    if kind == "cpu":
+        return None
+    import torch
+
+    return flops_of(torch.cuda.get_device_name())
+
+
+def flops_of(device_name: str) -> float | None:
+    """The row of ``PEAK_FLOPS`` for a name such as ``NVIDIA H100 80GB HBM3``."""
+    return next((flops for name, flops in PEAK_FLOPS if name in device_name), None)
+
+
+def worker_environment(kind: DeviceKind, num_threads: int, *, expandable_segments: bool = False) -> dict[str, str]:
+    """Environment variables of a child process that computes with ``num_threads`` threads.
+
+    Threads that wait must sleep: phases take turns on the same cores, and a spinning thread of an idle process takes
+    the core from the one that works. Model hubs stay closed because nothing leaves the machine unasked.
+    """
+    environment = {
+        "OMP_NUM_THREADS": str(num_threads),
+        "KMP_BLOCKTIME": "0",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if kind == "cuda" and expandable_segments:
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    return environment

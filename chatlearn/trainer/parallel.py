@@ -1,0 +1,135 @@
+"""How ranks share a model: who holds which part of it, and who works on which data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from chatlearn import device
+from chatlearn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from chatlearn.device import DeviceKind
+
+# A rank may load a large model from slow storage while the others wait for it in a collective.
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+
+SHARD_AXIS = "shard"
+REPLICA_AXIS = "replica"
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """``num_ranks`` processes that train one model.
+
+    Each group of ``fsdp_size`` neighbouring ranks holds the model once, in shards. Each group of
+    ``sequence_parallel_size`` neighbours works on the same sequences, so data is dealt to ``data_size`` groups.
+    """
+
+    num_ranks: int
+    fsdp_size: int
+    sequence_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={size} must be at least 1 and divide the number of ranks num_gpu={self.num_ranks}; "
+            f"use {_choices(self.num_ranks)}"
+            for name, size in (
+                ("fsdp_size", self.fsdp_size),
+                ("ulysses_sequence_parallel_size", self.sequence_parallel_size),
+            )
+            if size < 1 or self.num_ranks % size != 0
+        ]
+        if problems:
+            raise ConfigError(*problems)
+
+    @property
+    def data_size(self) -> int:
+        """Into how many parts a batch is dealt."""
+        return self.num_ranks // self.sequence_parallel_size
+
+    @property
+    def num_replicas(self) -> int:
+        """How many times the model exists; gradients are summed over replicas as well."""
+        return self.num_ranks // self.fsdp_size
+
+    def data_rank(self, rank: int) -> int:
+        """Which part of a batch the rank works on."""
+        return rank // self.sequence_parallel_size
+
+    def require_supported(self) -> None:
+        """Raise for a legal plan that the trainer cannot run yet."""
+        if self.sequence_parallel_size > 1:
+            raise ConfigError(
+                f"ulysses_sequence_parallel_size={self.sequence_parallel_size}: sequence parallel training is not "
+                "available in this version; use 1"
+            )
+
+
+def _choices(num_ranks: int) -> str:
+    return " or ".join(str(size) for size in range(1, num_ranks + 1) if num_ranks % size == 0)
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of one model meet: torch's ``init_method`` (``tcp://host:port`` or ``file:///path``)."""
+
+    place: str
+    device_kind: DeviceKind
+
+
+def open_process_group(rank: int, num_ranks: int, meeting: Rendezvous) -> None:
+    """Connect this process with the other ranks of its model; collective.
+
+    A process on CUDA must see only its own device. All sharded models of the process use this group.
+    """
+    if meeting.device_kind == "cuda":
+        device.rank_device(meeting.device_kind)
+    dist.init_process_group(
+        device.backend_of(meeting.device_kind),
+        init_method=meeting.place,
+        rank=rank,
+        world_size=num_ranks,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+
+
+def close_process_group() -> None:
+    """Disconnect; every rank must call it."""
+    dist.destroy_process_group()
+
+
+def group_device_kind() -> DeviceKind:
+    """The kind of device that the open process group connects."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def device_mesh(plan: ParallelPlan) -> DeviceMesh:
+    """The ranks as a grid for FSDP: replicas by shards, or shards alone where there is one replica."""
+    if plan.num_ranks != dist.get_world_size():
+        raise ConfigError(
+            f"the parallel plan is for num_gpu={plan.num_ranks} ranks, but {dist.get_world_size()} are connected"
+        )
+    kind = group_device_kind()
+    if plan.num_replicas == 1:
+        return init_device_mesh(kind, (plan.fsdp_size,), mesh_dim_names=(SHARD_AXIS,))
+    return init_device_mesh(kind, (plan.num_replicas, plan.fsdp_size), mesh_dim_names=(REPLICA_AXIS, SHARD_AXIS))
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The elementwise sum over all ranks, the same on each; collective."""
+    dist.all_reduce(values)
+    return values
+
+
+def maximum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The elementwise maximum over all ranks, the same on each; collective."""
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
