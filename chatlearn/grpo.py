@@ -131,7 +131,7 @@ def to_sample(prompt: Prompt, completion: Completion, advantage: float | None) -
 def publish(team: Team, version: int) -> TransferStats:
     """Carry the trainer's weights into the engines, where they are called ``version`` from now on."""
     team.policy.wake("weights")
-    with team.trainer.resident():
+    with team.trainer.weights_resident():
         stats = team.trainer.send_weights(version)
     team.policy.wake("kv_cache")
     return stats

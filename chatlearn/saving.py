@@ -79,7 +79,8 @@ def open_journal(config: GrpoConfig, layout: Layout, state: RunState) -> Generat
 def resume(team: Team, state: RunState) -> None:
     """Load the weights, optimizer and random states that belong to ``state``; a fresh run has nothing to load."""
     if state.train_iteration > 0:
-        team.trainer.load(checkpoint_folder(team.layout.folders.save_model, state.train_iteration))
+        with team.trainer.resident():
+            team.trainer.load(checkpoint_folder(team.layout.folders.save_model, state.train_iteration))
 
 
 def save(team: Team, state: RunState, journal: Journal) -> None:
@@ -89,7 +90,7 @@ def save(team: Team, state: RunState, journal: Journal) -> None:
     resume needs lies in the one folder; ``data_checkpoint_path`` gets a copy for people.
     """
     root = team.layout.folders.save_model
-    if state.train_iteration == 0 or checkpoint_folder(root, state.train_iteration).exists():
+    if state.train_iteration == 0 or latest_complete(root) == checkpoint_folder(root, state.train_iteration):
         return
     begun = time.perf_counter()
     staging = begin(root, state.train_iteration)

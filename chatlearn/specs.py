@@ -18,6 +18,7 @@ from chatlearn.cluster.crew import (
     RolePlan,
     TrainerBlueprint,
 )
+from chatlearn.cluster.workers import Luggage
 from chatlearn.config.layout import Layout, PackingRule, ShardedPlan
 from chatlearn.config.resolve import resolve
 from chatlearn.config.schema import GrpoConfig
@@ -101,7 +102,7 @@ def engine_spec(config: GrpoConfig, layout: Layout, cores: tuple[int, ...]) -> E
         wire=choose_wire(layout.device_kind, layout.colocated),
         cpu_cores=cores,
         trust_remote_code=config.models.policy_trainer.trust_remote_code,
-        sleep_enabled=layout.device_kind == "cuda" and layout.colocated,
+        sleep_enabled=_takes_turns(layout) and layout.policy.offload_weights,
     )
 
 
@@ -153,7 +154,13 @@ def evaluation_plan(config: GrpoConfig) -> SamplingPlan:
 def journal_spec(config: GrpoConfig, layout: Layout, state: RunState) -> JournalSpec:
     """Where the numbers of the run go; what was written after the state one goes on from is forgotten."""
     runtime, log = config.runtime_args, config.runtime_args.log_args_dict
-    wandb = WandbSpec(log.wandb_project, layout.folders.wandb, log.wandb_name, log.wandb_id, log.wandb_resume)
+    wandb = WandbSpec(
+        project=log.wandb_project,
+        directory=layout.folders.wandb,
+        name=log.wandb_name or runtime.exp_name,
+        run_id=log.wandb_id,
+        resume=log.wandb_resume,
+    )
     return JournalSpec(
         directory=layout.folders.output,
         num_episodes=runtime.num_episode,
@@ -167,7 +174,6 @@ def journal_spec(config: GrpoConfig, layout: Layout, state: RunState) -> Journal
 
 def blueprint(config: GrpoConfig, layout: Layout, *, one_host: bool) -> Blueprint:
     """Every process of the run; ``one_host`` says that Ray is ours and everything stays on this machine."""
-    shares_device = layout.device_kind == "cuda" and layout.colocated
     return Blueprint(
         policy=_engines(config, layout, one_host=one_host),
         trainer=TrainerBlueprint(
@@ -180,7 +186,6 @@ def blueprint(config: GrpoConfig, layout: Layout, *, one_host: bool) -> Blueprin
         if layout.reference is None
         else _sharded(config, layout, layout.reference, "ref_policy", one_host=one_host),
         graders=_graders(config, layout),
-        shares_device=shares_device,
         device_kind=layout.device_kind,
     )
 
@@ -198,7 +203,9 @@ def _engines(config: GrpoConfig, layout: Layout, *, one_host: bool) -> EngineBlu
         for spec in replicas
     )
     plan = RolePlan(firsts, engines.num_replicas, share, 0, engines.cores_per_process, environments)
-    return EngineBlueprint(plan, config.runtime_args.rollout_backend, replicas, common.wire)
+    return EngineBlueprint(
+        plan, config.runtime_args.rollout_backend, replicas, common.wire, gives_way=common.sleep_enabled
+    )
 
 
 def _sharded(config: GrpoConfig, layout: Layout, sharded: ShardedPlan, role: str, *, one_host: bool) -> ModelBlueprint:
@@ -207,9 +214,19 @@ def _sharded(config: GrpoConfig, layout: Layout, sharded: ShardedPlan, role: str
         layout.device_kind, sharded.cores_per_process, expandable_segments=sharded.use_expandable_segments
     ) | (LOOPBACK_ENVIRONMENT if one_host else {})
     plan = RolePlan(slots, sharded.num_ranks, share, 0, sharded.cores_per_process, (environment,) * sharded.num_ranks)
+    moves = _takes_turns(layout)
     return ModelBlueprint(
-        plan, model_spec(config, layout, sharded), parallel_plan(sharded), batch_layout(sharded.scoring)
+        plan=plan,
+        model=model_spec(config, layout, sharded),
+        parallel=parallel_plan(sharded),
+        scores=batch_layout(sharded.scoring),
+        luggage=Luggage(moves and sharded.offload_weights, moves and sharded.offload_optimizer_states),
     )
+
+
+def _takes_turns(layout: Layout) -> bool:
+    """Whether engines and trainer share accelerators; on the CPU every process keeps its own memory."""
+    return layout.device_kind == "cuda" and layout.colocated
 
 
 def _graders(config: GrpoConfig, layout: Layout) -> GraderBlueprint:

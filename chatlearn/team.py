@@ -22,7 +22,7 @@ from chatlearn.data.stream import PromptStream, StreamPosition
 from chatlearn.observability.journal import Journal
 from chatlearn.records import Prompt, Sample
 from chatlearn.reward.gold_check import gold_check
-from chatlearn.reward.grade import require_rewards
+from chatlearn.reward.grade import gold_prompts, require_rewards
 from chatlearn.rollout.dispatch import SamplingPurpose, engine_seed
 from chatlearn.rollout.engine import SamplingPlan
 
@@ -90,7 +90,7 @@ def gather(
         journal.say("starting engines and trainer")
         crew = open_crew(cluster, specs.blueprint(config, layout, one_host=address is None))
         check = gold_check(
-            questions.training.prompts,
+            gold_prompts(questions.training.prompts, config.models.reward.function),
             crew.graders.grade_gold,
             layout.folders.output / GOLD_LEDGER,
             questions.training.content_hash,

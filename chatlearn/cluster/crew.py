@@ -9,7 +9,7 @@ from chatlearn.batch.plan import BatchLayout
 from chatlearn.cluster.cluster import Cluster, Place, Troupe
 from chatlearn.cluster.fanout import Group, Ticket, call, collect
 from chatlearn.cluster.groups import PolicyGroup, ReferenceGroup, RewardGroup, TrainerGroup
-from chatlearn.cluster.workers import ReferenceWorker, RewardWorker, RolloutWorker, TrainerWorker
+from chatlearn.cluster.workers import Luggage, ReferenceWorker, RewardWorker, RolloutWorker, TrainerWorker
 from chatlearn.device import DeviceKind
 from chatlearn.rollout.engine import EngineSpec
 from chatlearn.trainer.build import ModelSpec
@@ -39,6 +39,7 @@ class EngineBlueprint:
     engine: str
     replicas: tuple[EngineSpec, ...]
     wire: WireKind
+    gives_way: bool  # between rollouts, to a trainer on the same accelerators
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class ModelBlueprint:
     model: ModelSpec
     parallel: ParallelPlan
     scores: BatchLayout
+    luggage: Luggage  # what leaves the device while others use it
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,12 @@ class GraderBlueprint:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """All roles of a run. ``shares_device``: engines and trainer take turns on the same accelerators."""
+    """All roles of a run."""
 
     policy: EngineBlueprint
     trainer: TrainerBlueprint
     reference: ModelBlueprint | None
     graders: GraderBlueprint
-    shares_device: bool
     device_kind: DeviceKind
 
 
@@ -104,19 +105,21 @@ def open_crew(cluster: Cluster, blueprint: Blueprint) -> Crew:
         troupes.append(Troupe("ref_policy", ReferenceWorker, _places(cluster, blueprint.reference.plan)))
     engines, trainers, graders, *references = cluster.spawn(troupes)
 
-    policy = PolicyGroup(cluster.interruptible(engines), blueprint.shares_device)
+    policy = PolicyGroup(cluster.interruptible(engines), blueprint.policy.gives_way)
     opening = engines.start("open", [(blueprint.policy.engine, spec) for spec in blueprint.policy.replicas])
     opening += graders.start("open", _grading(blueprint.graders))
-    if blueprint.shares_device:  # An engine measures how much memory is free: the trainer must not be there yet.
+    if blueprint.policy.gives_way:  # An engine measures how much memory is free: the trainer must not be there yet.
         collect(opening, cluster.heartbeat)
         opening = []
         policy.sleep()
     opening += _open_trainer(trainers, blueprint)
     opening += [ticket for group in references for ticket in _open_reference(group, blueprint)]
     collect(opening, cluster.heartbeat)
+    if blueprint.policy.wire == "shared_memory":  # The other wires are vLLM's own, from end to end.
+        engines.each("prove", [(spec.model_path,) for spec in blueprint.policy.replicas])
 
     learning = blueprint.trainer
-    trainer = TrainerGroup(trainers, learning.steps, learning.sharded.scores, blueprint.shares_device)
+    trainer = TrainerGroup(trainers, learning.steps, learning.sharded.scores, learning.sharded.luggage)
     trainers.map("connect", blueprint.policy.wire, engines.members)
     reference = _reference_group(references, blueprint)
     return Crew(policy, trainer, reference, RewardGroup(graders))
@@ -156,7 +159,7 @@ def _open_reference(references: Group, blueprint: Blueprint) -> list[Ticket]:
 def _reference_group(references: Sequence[Group], blueprint: Blueprint) -> ReferenceGroup | None:
     if blueprint.reference is None:
         return None
-    return ReferenceGroup(references[0], blueprint.reference.scores, blueprint.shares_device)
+    return ReferenceGroup(references[0], blueprint.reference.scores, blueprint.reference.luggage)
 
 
 def _meeting(group: Group, blueprint: Blueprint) -> Rendezvous:

@@ -59,9 +59,10 @@ class Group:
     def stream(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         """Call a generator method on every member and yield what they yield, in the order in which it comes."""
         pairs = zip(self.members, arguments, strict=True)
-        waiting = {call(member, method, *values): member for member, values in pairs}
+        # Keys are Ray's generators, which ``ray.wait`` takes and returns, though its types speak of references.
+        waiting: dict[Any, Member] = {call(member, method, *values): member for member, values in pairs}
         while waiting:
-            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_S)
+            ready: list[Any] = ray.wait(list(waiting), num_returns=1, timeout=POLL_S)[0]
             self.heartbeat()
             for generator in ready:
                 try:

@@ -12,6 +12,7 @@ from chatlearn.batch.pack import TrainBatch, pack, unpack
 from chatlearn.batch.plan import BatchLayout
 from chatlearn.checkpoint.manifest import FileRecord
 from chatlearn.cluster.fanout import Group
+from chatlearn.cluster.workers import Luggage
 from chatlearn.errors import RunError
 from chatlearn.records import Graded, Prompt, Rollout, Sample, StepStats
 from chatlearn.rollout.dispatch import assemble, plan_dispatch
@@ -23,11 +24,11 @@ LogprobColumn = Literal["old_logprobs", "ref_logprobs"]
 
 
 class PolicyGroup:
-    """The replicas of the rollout engine. ``shares_device`` says that training needs the memory they use."""
+    """The replicas of the rollout engine. ``gives_way`` says that their memory is for others between rollouts."""
 
-    def __init__(self, group: Group, shares_device: bool) -> None:
+    def __init__(self, group: Group, gives_way: bool) -> None:
         self.group = group
-        self.shares_device = shares_device
+        self.gives_way = gives_way
 
     def rollouts(
         self, prompts: Sequence[Prompt], num_completions: int, plan: SamplingPlan, seeds: Sequence[int], show: Progress
@@ -44,29 +45,25 @@ class PolicyGroup:
             show(len(finished), len(prompts) * num_completions)
         return assemble(prompts, num_completions, finished)
 
-    def prove(self) -> None:
-        """Show on every replica that sent weights are sampled weights."""
-        self.group.map("prove")
-
     def wake(self, part: WakePart) -> None:
         """Take a part of the device's memory back, where it was given away."""
-        if self.shares_device:
+        if self.gives_way:
             self.group.map("wake", part)
 
     def sleep(self) -> None:
         """Give the device's memory to those who share it; the next transfer brings the weights again."""
-        if self.shares_device:
+        if self.gives_way:
             self.group.map("sleep")
 
 
 class TrainerGroup:
     """The ranks of the policy trainer; ``steps`` and ``scores`` say how their batches are cut."""
 
-    def __init__(self, group: Group, steps: BatchLayout, scores: BatchLayout, shares_device: bool) -> None:
+    def __init__(self, group: Group, steps: BatchLayout, scores: BatchLayout, luggage: Luggage) -> None:
         self.group = group
         self.steps = steps
         self.scores = scores
-        self.shares_device = shares_device
+        self.luggage = luggage
 
     def step(self, samples: Sequence[Sample]) -> StepStats:
         """Take one optimizer step with these samples."""
@@ -108,17 +105,23 @@ class TrainerGroup:
     @contextmanager
     def resident(self) -> Generator[None]:
         """Weights and optimizer are on the device inside, and at home outside where others need the device."""
-        with _resident(self.group, self.shares_device):
+        with _resident(self.group, self.luggage):
+            yield
+
+    @contextmanager
+    def weights_resident(self) -> Generator[None]:
+        """As ``resident``, for what needs no optimizer."""
+        with _resident(self.group, replace(self.luggage, optimizer=False)):
             yield
 
 
 class ReferenceGroup:
     """The ranks of the frozen reference model."""
 
-    def __init__(self, group: Group, scores: BatchLayout, shares_device: bool) -> None:
+    def __init__(self, group: Group, scores: BatchLayout, luggage: Luggage) -> None:
         self.group = group
         self.scores = scores
-        self.shares_device = shares_device
+        self.luggage = luggage
 
     def annotate(self, samples: Sequence[Sample]) -> list[Sample]:
         """Copies of the samples with ``ref_logprobs``."""
@@ -127,7 +130,7 @@ class ReferenceGroup:
     @contextmanager
     def resident(self) -> Generator[None]:
         """Weights are on the device inside, and at home outside where others need the device."""
-        with _resident(self.group, self.shares_device):
+        with _resident(self.group, self.luggage):
             yield
 
 
@@ -168,10 +171,11 @@ def _for_every_rank(batch: TrainBatch, group: Group) -> list[object]:
 
 
 @contextmanager
-def _resident(group: Group, shares_device: bool) -> Generator[None]:
+def _resident(group: Group, luggage: Luggage) -> Generator[None]:
     """No ``finally``: an error ends the run, and asking broken ranks to tidy up would only hide it."""
-    if shares_device:
-        group.map("bring")
+    moves = luggage.weights or luggage.optimizer
+    if moves:
+        group.map("bring", luggage)
     yield
-    if shares_device:
-        group.map("send_home")
+    if moves:
+        group.map("send_home", luggage)

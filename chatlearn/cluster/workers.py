@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from chatlearn.trainer.objective import Objective
     from chatlearn.trainer.optimizer import OptimizerSpec
     from chatlearn.trainer.parallel import ParallelPlan, Rendezvous
+    from chatlearn.trainer.residency import Residency
     from chatlearn.weights.wire import TransferMessage, TransferStats, WireKind
 
 LOOPBACK = "127.0.0.1"
@@ -46,6 +47,14 @@ class Seat:
     num_ranks: int
     num_threads: int
     log_file: str
+
+
+@dataclass(frozen=True)
+class Luggage:
+    """What moves between device and host, when roles take turns on a device."""
+
+    weights: bool
+    optimizer: bool
 
 
 @dataclass(frozen=True)
@@ -77,11 +86,13 @@ class TrainerWorker:
     ) -> None:
         """Meet the other ranks, load the model's shards and build the optimizer."""
         from chatlearn.trainer.policy_trainer import PolicyTrainer
+        from chatlearn.trainer.residency import Residency
         from chatlearn.trainer.sharded_model import ShardedModel
 
         meet(self._seat, meeting)
         self._model = ShardedModel.load(model, plan, trainable=True)
         self._trainer = PolicyTrainer(self._model, optimizer, objective)
+        self._residency = Residency(self._model, self._trainer.optimizer)
 
     def connect(self, kind: WireKind, engines: Sequence[Member]) -> None:
         """Build this rank's end of the wire; every rank takes part, rank 0 speaks."""
@@ -115,7 +126,7 @@ class TrainerWorker:
 
     def save_hugging_face(self, base_dir: Path, save_dir: Path) -> None:
         """Gather the weights (every rank takes part) and write them as a Hugging Face directory on rank 0."""
-        from chatlearn.checkpoint.convert import write_hugging_face
+        from chatlearn.checkpoint.hugging_face import write_hugging_face
 
         weights = self._model.export_weights()
         if self._seat.rank == 0:
@@ -128,13 +139,13 @@ class TrainerWorker:
         """The most memory this process has held so far."""
         return device.peak_memory_gb(self._model.device_kind)
 
-    def bring(self) -> None:
-        """Move weights and optimizer onto the device."""
-        self._trainer.residency.bring()
+    def bring(self, what: Luggage) -> None:
+        """Move weights, optimizer or both onto the device."""
+        bring(self._residency, what)
 
-    def send_home(self) -> None:
+    def send_home(self, what: Luggage) -> None:
         """Move them back to the host."""
-        self._trainer.residency.send_home()
+        send_home(self._residency, what)
 
     def close(self) -> None:
         """Take leave of the other ranks."""
@@ -161,22 +172,24 @@ class ReferenceWorker:
 
     def open(self, meeting: Rendezvous, model: ModelSpec, plan: ParallelPlan) -> None:
         """Meet the other ranks and load the model's shards."""
+        from chatlearn.trainer.residency import Residency
         from chatlearn.trainer.sharded_model import ShardedModel
 
         meet(self._seat, meeting)
         self._model = ShardedModel.load(model, plan, trainable=False)
+        self._residency = Residency(self._model)
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Score this rank's share of a batch."""
         return self._model.logprobs(micro_batches)
 
-    def bring(self) -> None:
+    def bring(self, what: Luggage) -> None:
         """Move the weights onto the device."""
-        self._model.residency.bring()
+        bring(self._residency, what)
 
-    def send_home(self) -> None:
+    def send_home(self, what: Luggage) -> None:
         """Move them back to the host."""
-        self._model.residency.send_home()
+        send_home(self._residency, what)
 
     def close(self) -> None:
         """Take leave of the other ranks."""
@@ -202,11 +215,11 @@ class RolloutWorker:
 
         self._engine = build_engine(engine, spec)
 
-    def prove(self) -> None:
+    def prove(self, model_path: str) -> None:
         """Show that weights sent to this engine are the weights it samples from; raise when they are not."""
-        from chatlearn.rollout.engine import prove_weight_transfer
+        from chatlearn.rollout.prove import prove_weight_transfer
 
-        prove_weight_transfer(self._engine)
+        prove_weight_transfer(self._engine, model_path)
 
     def generate(self, requests: Sequence[Request], plan: SamplingPlan) -> Iterator[list[Finished]]:
         """Answer the requests; what finishes goes out in parcels as time passes."""
@@ -275,6 +288,22 @@ def take_seat(seat: Seat) -> None:
     os.dup2(log, 2)
     os.close(log)
     device.set_num_threads(seat.num_threads)
+
+
+def bring(residency: Residency, what: Luggage) -> None:
+    """Carry the luggage to the device."""
+    if what.weights:
+        residency.bring_weights()
+    if what.optimizer:
+        residency.bring_optimizer()
+
+
+def send_home(residency: Residency, what: Luggage) -> None:
+    """Carry it back."""
+    if what.weights:
+        residency.send_weights_home()
+    if what.optimizer:
+        residency.send_optimizer_home()
 
 
 def arrive() -> Arrival:
