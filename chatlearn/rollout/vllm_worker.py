@@ -1,0 +1,124 @@
+"""What lives inside vLLM's workers: our end of the shared-memory wire, and the calls vLLM has no name for.
+
+vLLM imports this module in each worker because ``VllmEngine`` names ``WorkerExtension`` as its worker extension; that
+is the only moment at which a worker in a process of its own can learn of a transfer engine, so the import registers it.
+Nothing else imports this file, which is why it may name vLLM at the top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from vllm.distributed.weight_transfer import (  # noqa: TID253
+    WeightTransferEngine,
+    WeightTransferEngineFactory,
+)
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # noqa: TID253
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: TID253
+from vllm.model_executor.model_loader.reload import (  # noqa: TID253
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+from vllm.utils.torch_utils import set_random_seed  # noqa: TID253
+
+from chatlearn.errors import WeightTransferError
+from chatlearn.weights.shared_memory import Bucket, read_bucket
+
+BACKEND = "chatlearn_shared_memory"
+
+
+@dataclass(frozen=True)
+class OpenInfo:
+    """The shared-memory wire has nothing to agree on before the first update."""
+
+
+class SharedMemoryEngine(WeightTransferEngine[Any, Any]):
+    """vLLM's transfer engine for weights that lie in the trainer's memory, in checkpoint format.
+
+    vLLM repacks weights for its kernels after loading, so loading again goes through its layer-wise reload: parameters
+    get their original shapes back, each layer is repacked when all of it has arrived, values land in the old memory.
+    """
+
+    init_info_cls = OpenInfo
+    update_info_cls = Bucket
+
+    def init_transfer_engine(self, init_info: OpenInfo) -> None:
+        self._reloading = False
+        self._loaded: set[str] = set()
+        self._parameters: frozenset[str] = frozenset()
+
+    def start_weight_update(self) -> None:
+        """Open all layers for loading."""
+        self.abandon()
+        self._parameters = frozenset(name for name, _ in self.model.named_parameters())
+        self._loaded = set()
+        if self.device.type == "cpu":
+            forget_moe_kernels(self.model)
+        initialize_layerwise_reload(self.model)
+        self._reloading = True
+
+    def receive_weights(self, update_info: Bucket) -> None:
+        """Load one bucket; ``load_weights`` takes Hugging Face names, fuses and slices, and says what it wrote."""
+        self._loaded |= cast("Any", self.model).load_weights(read_bucket(update_info))
+
+    def finish_weight_update(self) -> None:
+        """Close all layers; raises where a parameter of vLLM's own was not written by this update."""
+        self.abandon()
+        unwritten = sorted(self._parameters - self._loaded)
+        if unwritten:
+            raise WeightTransferError(f"{unwritten[0]}: vLLM did not load it ({len(unwritten)} of its parameters)")
+
+    def abandon(self) -> None:
+        """Close layers that are still open; without this a failed update's buffered parts would mix with the next."""
+        if self._reloading:
+            self._reloading = False
+            finalize_layerwise_reload(self.model, self.model_config)
+            if self.device.type == "cpu":
+                repack_heads(self.model)
+
+    def shutdown(self) -> None:
+        """There is no connection to release."""
+
+
+def forget_moe_kernels(model: torch.nn.Module) -> None:
+    """Let the experts be repacked: while a kernel exists, vLLM 0.32 on the CPU leaves reloaded experts unpacked.
+
+    It then computes nonsense without an error. Only for the CPU, where nothing else holds the kernel's addresses.
+    """
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            module.quant_method.moe_kernel = None
+
+
+def repack_heads(model: torch.nn.Module) -> None:
+    """Pack output heads anew: a head that is tied to the embedding is loaded through the embedding.
+
+    The layer-wise reload of vLLM 0.32 sees no weights arrive for such a head, and on the CPU leaves it with the copy
+    that was packed for its kernel when the engine started. It then computes with old weights without an error.
+    """
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+class WorkerExtension:
+    """Methods that vLLM adds to its worker class, called by name over ``collective_rpc``."""
+
+    # The worker that this class is mixed into has it.
+    weight_transfer_engine: Any
+    _weight_update_active: bool
+
+    def chatlearn_reseed(self, seed: int) -> None:
+        """Start the worker's random streams again; every tensor-parallel rank samples from equal ones."""
+        set_random_seed(seed)
+
+    def chatlearn_abandon_update(self) -> None:
+        """Make the worker ready for a new update after one that failed half-way."""
+        self._weight_update_active = False
+        if isinstance(self.weight_transfer_engine, SharedMemoryEngine):
+            self.weight_transfer_engine.abandon()
+
+
+WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
