@@ -61,6 +61,11 @@ def backend_of(kind: DeviceKind) -> Literal["gloo", "nccl"]:
     return "nccl" if kind == "cuda" else "gloo"
 
 
+def kind_of(backend: str) -> DeviceKind:
+    """The kind of device that a collective library connects."""
+    return "cuda" if backend == "nccl" else "cpu"
+
+
 def compute_dtype(kind: DeviceKind) -> DtypeName:
     """The number format of forward and backward: bfloat16 where tensor cores make it fast, else float32."""
     return "bfloat16" if kind == "cuda" else "float32"

@@ -72,10 +72,9 @@ def live(team: Team, page: Page, state: RunState, episode: int) -> RunState:
 
     with page.phase("reward"):
         graded = team.graders.grade(rollouts)
-    page.add(describe_rollouts(graded))
-
-    samples = [sample for group in graded for sample in compare(group, team.advantage)]
-    page.keep(graded, samples)
+        samples = [sample for group in graded for sample in compare(group, team.advantage)]
+        page.add(describe_rollouts(graded))
+        page.keep(graded, samples)
 
     if team.reference is not None:  # Absent when kl_coef is zero.
         with page.phase("reference"), team.reference.resident():
@@ -87,6 +86,7 @@ def live(team: Team, page: Page, state: RunState, episode: int) -> RunState:
                 samples = team.trainer.annotate(samples)
         for batch in team.batches(samples, episode):
             page.add_step(team.trainer.step(batch))
+    page.add_capacity(team.trainer.capacity())
 
     with page.phase("publish"):
         page.add_transfer(publish(team, version=episode))

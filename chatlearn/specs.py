@@ -29,7 +29,7 @@ from chatlearn.trainer.build import ModelSpec
 from chatlearn.trainer.objective import Objective
 from chatlearn.trainer.optimizer import OptimizerSpec
 from chatlearn.trainer.parallel import ParallelPlan
-from chatlearn.weights.wire import choose_wire
+from chatlearn.weights.wire import WireKind, choose_wire
 
 MIN_CACHE_BYTES = 2**28
 CACHE_BYTES_PER_TOKEN = 2**13  # Enough for models that a CPU can train: 2 x 4 bytes x 1,024 numbers of keys and values.
@@ -99,11 +99,18 @@ def engine_spec(config: GrpoConfig, layout: Layout, cores: tuple[int, ...]) -> E
         enforce_eager=policy.enforce_eager,
         kv_cache_bytes=_cache_bytes(config, layout),
         seed=runtime.seed,
-        wire=choose_wire(layout.device_kind, layout.colocated),
+        wire=_wire(config, layout),
         cpu_cores=cores,
         trust_remote_code=config.models.policy_trainer.trust_remote_code,
         sleep_enabled=_takes_turns(layout) and layout.policy.offload_weights,
     )
+
+
+def _wire(config: GrpoConfig, layout: Layout) -> WireKind:
+    """The simple engine knows no wire but shared memory; for the others the layout decides."""
+    if config.runtime_args.rollout_backend == "transformers":
+        return "shared_memory"
+    return choose_wire(layout.device_kind, layout.colocated)
 
 
 def _cache_bytes(config: GrpoConfig, layout: Layout) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 # One token on which the reference is e**10 times likelier than the policy would outweigh a whole batch.
 MAX_KL = 10.0
+MAX_EXPONENT = 20.0  # Far beyond MAX_KL, far below float32's overflow at 88.
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -25,4 +26,5 @@ def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """``exp(x) - 1 - x``, at most ``MAX_KL``: unbiased, never negative."""
     difference = ref_logprobs - logprobs
-    return (difference.expm1() - difference).clamp(max=MAX_KL)
+    # Cut before the exponential too: its infinity would come back from the backward pass as NaN.
+    return (difference.clamp(max=MAX_EXPONENT).expm1() - difference).clamp(max=MAX_KL)

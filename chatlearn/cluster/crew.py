@@ -120,7 +120,8 @@ def open_crew(cluster: Cluster, blueprint: Blueprint) -> Crew:
 
     learning = blueprint.trainer
     trainer = TrainerGroup(trainers, learning.steps, learning.sharded.scores, learning.sharded.luggage)
-    trainers.map("connect", blueprint.policy.wire, engines.members)
+    meeting = trainers.first("wire_meeting", _num_engine_ranks(blueprint.policy))
+    trainers.map("connect", blueprint.policy.wire, engines.members, meeting)
     reference = _reference_group(references, blueprint)
     return Crew(policy, trainer, reference, RewardGroup(graders))
 
@@ -137,6 +138,10 @@ def _places(cluster: Cluster, plan: RolePlan) -> list[Place]:
         )
         for number in range(plan.num_processes)
     ]
+
+
+def _num_engine_ranks(policy: EngineBlueprint) -> int:
+    return sum(spec.tensor_parallel_size for spec in policy.replicas)
 
 
 def _grading(graders: GraderBlueprint) -> list[tuple[str | None, float, int]]:

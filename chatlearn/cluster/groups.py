@@ -14,6 +14,7 @@ from chatlearn.checkpoint.manifest import FileRecord
 from chatlearn.cluster.fanout import Group
 from chatlearn.cluster.workers import Luggage
 from chatlearn.errors import RunError
+from chatlearn.observability.describe import Capacity
 from chatlearn.records import Graded, Prompt, Rollout, Sample, StepStats
 from chatlearn.rollout.dispatch import assemble, plan_dispatch
 from chatlearn.rollout.engine import Finished, SamplingPlan, WakePart
@@ -98,9 +99,15 @@ class TrainerGroup:
         """Gather and write the weights as a Hugging Face directory."""
         self.group.map("save_hugging_face", base_dir, save_dir)
 
-    def peak_memory_gb(self) -> float:
-        """The highest peak of any rank."""
-        return max(self.group.map("peak_memory_gb"))
+    def capacity(self) -> Capacity:
+        """All ranks together; the memory is that of the rank which held most."""
+        ranks: list[Capacity] = self.group.map("capacity")
+        peaks = [rank.peak_flops for rank in ranks if rank.peak_flops is not None]
+        return Capacity(
+            flops_per_token=ranks[0].flops_per_token,
+            peak_flops=sum(peaks) if len(peaks) == len(ranks) else None,
+            peak_memory_gb=max(rank.peak_memory_gb for rank in ranks),
+        )
 
     @contextmanager
     def resident(self) -> Generator[None]:

@@ -18,6 +18,7 @@ import ray
 
 from chatlearn import device
 from chatlearn.cluster.engine_client import RayEngineClient
+from chatlearn.observability.describe import Capacity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from chatlearn.trainer.optimizer import OptimizerSpec
     from chatlearn.trainer.parallel import ParallelPlan, Rendezvous
     from chatlearn.trainer.residency import Residency
-    from chatlearn.weights.wire import TransferMessage, TransferStats, WireKind
+    from chatlearn.weights.wire import TransferMessage, TransferStats, WireKind, WireMeeting
 
 LOOPBACK = "127.0.0.1"
 STREAM_EVERY_S = 0.25  # Completions travel to the driver in parcels of this much time: soon, but not one by one.
@@ -94,11 +95,18 @@ class TrainerWorker:
         self._trainer = PolicyTrainer(self._model, optimizer, objective)
         self._residency = Residency(self._model, self._trainer.optimizer)
 
-    def connect(self, kind: WireKind, engines: Sequence[Member]) -> None:
+    def wire_meeting(self, num_engine_ranks: int) -> WireMeeting:
+        """Where engines can meet this rank for a wire with connections of its own."""
+        from chatlearn.weights.wire import WireMeeting
+
+        address, port = free_address()
+        return WireMeeting(address, port, num_engine_ranks)
+
+    def connect(self, kind: WireKind, engines: Sequence[Member], meeting: WireMeeting | None) -> None:
         """Build this rank's end of the wire; every rank takes part, rank 0 speaks."""
         from chatlearn.weights.sender import build_sender
 
-        self._sender = build_sender(kind, self._model, RayEngineClient(engines), rank=self._seat.rank)
+        self._sender = build_sender(kind, self._model, RayEngineClient(engines), self._seat.rank, meeting)
 
     def send_weights(self, version: int) -> TransferStats:
         """Stream the current weights into the engines as ``version``."""
@@ -135,9 +143,10 @@ class TrainerWorker:
             for _ in weights:  # The gather is a collective: every rank walks the whole stream.
                 pass
 
-    def peak_memory_gb(self) -> float:
-        """The most memory this process has held so far."""
-        return device.peak_memory_gb(self._model.device_kind)
+    def capacity(self) -> Capacity:
+        """This rank's hardware and its part of the model's work."""
+        kind = self._model.device_kind
+        return Capacity(self._model.training_flops_per_token(), device.peak_flops(kind), device.peak_memory_gb(kind))
 
     def bring(self, what: Luggage) -> None:
         """Move weights, optimizer or both onto the device."""
@@ -316,12 +325,18 @@ def meeting_place(seat: Seat) -> str:
 
     On one machine that is a file, because torch's TCP store would listen on every network of the machine.
     """
-    address = ray.util.get_node_ip_address()
+    address, port = free_address()
     if address == LOOPBACK:
         return f"file://{Path(seat.log_file).with_suffix('')}_meeting_{os.getpid()}"
+    return f"tcp://{address}:{port}"
+
+
+def free_address() -> tuple[str, int]:
+    """This node's address in the cluster, and a port that was free there a moment ago."""
+    address = ray.util.get_node_ip_address()
     with socket.socket() as probe:
         probe.bind((address, 0))
-        return f"tcp://{address}:{probe.getsockname()[1]}"
+        return address, probe.getsockname()[1]
 
 
 def meet(seat: Seat, meeting: Rendezvous) -> None:

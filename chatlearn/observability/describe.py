@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from math import comb
 from typing import Protocol
 
@@ -189,6 +190,28 @@ def describe_transfer(transfer: Transfer) -> dict[str, float]:
     numbers = {"sync/version": float(transfer.version), "sync/seconds": transfer.seconds}
     if transfer.seconds > 0:
         numbers["sync/gigabytes_per_s"] = transfer.num_bytes / 1e9 / transfer.seconds
+    return numbers
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The trainer's hardware and model: operations per token of a step, all ranks' peak operations per second
+    (``None`` where it is not known), and the most memory that a rank has held."""
+
+    flops_per_token: float
+    peak_flops: float | None
+    peak_memory_gb: float
+
+
+def describe_use(metrics: Mapping[str, float], capacity: Capacity | None) -> dict[str, float]:
+    """Memory, and model FLOPs utilisation as PaLM defines it (arXiv:2204.02311); absent where the peak is unknown."""
+    if capacity is None:
+        return {}
+    numbers = {"policy_trainer/memory_gb": capacity.peak_memory_gb}
+    seconds = metrics.get("time/train", 0.0)
+    if capacity.peak_flops is not None and seconds > 0 and "policy_trainer/tokens" in metrics:
+        achieved = capacity.flops_per_token * metrics["policy_trainer/tokens"] / seconds
+        numbers["policy_trainer/mfu"] = achieved / capacity.peak_flops
     return numbers
 
 

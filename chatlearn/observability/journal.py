@@ -9,7 +9,14 @@ from contextlib import ExitStack, contextmanager
 from rich.console import Console
 
 from chatlearn.observability.curve import draw_curve, read_curve
-from chatlearn.observability.describe import Transfer, derived, describe_steps, describe_transfer
+from chatlearn.observability.describe import (
+    Capacity,
+    Transfer,
+    derived,
+    describe_steps,
+    describe_transfer,
+    describe_use,
+)
 from chatlearn.observability.progress import Display, Update, open_display
 from chatlearn.observability.rollouts import write_rollouts
 from chatlearn.observability.sinks import SINKS, JournalSpec, Sink, chosen_sinks, metrics_path
@@ -102,6 +109,7 @@ class Page:
         self._running: list[tuple[str, Update]] = []
         self._metrics: dict[str, float] = {}
         self._steps: list[StepStats] = []
+        self._capacity: Capacity | None = None
 
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
@@ -141,9 +149,14 @@ class Page:
         """The transfer that published the episode's weights."""
         self.add(describe_transfer(transfer))
 
+    def add_capacity(self, capacity: Capacity) -> None:
+        """What the trainer's hardware could do, so that the page can say how much of it was used."""
+        self._capacity = capacity
+
     def numbers(self) -> dict[str, float]:
         """Everything on the page, and the times of its phases."""
         episode = self._clock() - self._begun
         times = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         times |= {"time/episode": episode, "time/idle": episode - sum(self._seconds.values())}
-        return self._metrics | describe_steps(self._steps) | times
+        numbers = self._metrics | describe_steps(self._steps) | times
+        return numbers | describe_use(numbers, self._capacity)

@@ -108,7 +108,7 @@ def close_process_group() -> None:
 
 def group_device_kind() -> DeviceKind:
     """The kind of device that the open process group connects."""
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return device.kind_of(dist.get_backend())
 
 
 def device_mesh(plan: ParallelPlan) -> DeviceMesh:

@@ -14,13 +14,10 @@ from runs import ROOT, Launcher
 def arithmetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train.json and test.json."""
     folder = tmp_path_factory.mktemp("arithmetic")
-    subprocess.run(
-        [sys.executable, "chatlearn/data/data_preprocess/arithmetic.py", "--local_dir", str(folder)]
-        + ["--train_size", "600", "--test_size", "40"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
+    program = "chatlearn/data/data_preprocess/arithmetic.py"
+    sizes = ["--train_size", "600", "--test_size", "40"]
+    command = [sys.executable, program, "--local_dir", str(folder), *sizes]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder
 
 

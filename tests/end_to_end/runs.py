@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -55,6 +56,45 @@ class Launcher:
         """Start a run and wait for its end."""
         process = self.start(output, *overrides, **environment)
         return finish(process)
+
+
+class RayHead:
+    """A Ray cluster of somebody else's, on this machine; ended by its process and nothing else."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.address = f"127.0.0.1:{port}"
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=8"]
+        command += ["--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=false"]
+        self._log = (folder / "ray_head.log").open("w")
+        self._process = subprocess.Popen(
+            command, env=os.environ | environment, stdout=self._log, stderr=self._log, start_new_session=True
+        )
+
+    def __enter__(self) -> RayHead:
+        host, port = self.address.split(":")
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex((host, int(port))) == 0:
+                    return self
+            time.sleep(0.3)
+        raise TimeoutError("the Ray head did not start")
+
+    def is_running(self) -> bool:
+        """Whether it still serves."""
+        return self._process.poll() is None
+
+    def __exit__(self, *_: object) -> None:
+        family = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        self._process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        for process in alive:
+            process.kill()
+        self._process.wait()
+        self._log.close()
 
 
 def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:

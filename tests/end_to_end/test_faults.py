@@ -82,4 +82,4 @@ def test_a_killed_driver_leaves_nobody(launcher: Launcher, tmp_path: Path) -> No
 def answers(output: Path, episode: int) -> list[dict[str, object]]:
     """The lines of an episode's rollouts."""
     path = output / "rollouts" / f"episode_{episode:06d}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]

@@ -148,3 +148,10 @@ def test_inputs_of_unequal_length_are_refused() -> None:
     stream = torch.zeros(3)
     with pytest.raises(AssertionError, match="shape"):
         LossInputs(stream, stream, stream, torch.zeros(3, dtype=torch.bool), lengths=(2,))
+
+
+def test_k3_has_a_finite_gradient_where_the_reference_is_astronomically_likelier() -> None:
+    logprobs = torch.tensor([-200.0, -1.0], requires_grad=True)
+    k3(logprobs, torch.tensor([0.0, -2.0])).sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.isfinite().all()
