@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from chatlearn.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
 DeviceKind = Literal["cpu", "cuda"]
@@ -150,6 +152,17 @@ def peak_flops(kind: DeviceKind) -> float | None:
 def flops_of(device_name: str) -> float | None:
     """The row of ``PEAK_FLOPS`` for a name such as ``NVIDIA H100 80GB HBM3``."""
     return next((flops for name, flops in PEAK_FLOPS if name in device_name), None)
+
+
+def visible_devices(indices: Sequence[int]) -> dict[str, str]:
+    """Environment of a child process that may use these accelerators of its node, and no others.
+
+    Ray would show an actor only the one whose share it holds, which is too few for an engine that spans several.
+    """
+    return {
+        "CUDA_VISIBLE_DEVICES": ",".join(str(index) for index in indices),
+        "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+    }
 
 
 def worker_environment(kind: DeviceKind, num_threads: int, *, expandable_segments: bool = False) -> dict[str, str]:

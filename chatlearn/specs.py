@@ -202,14 +202,15 @@ def _engines(config: GrpoConfig, layout: Layout, *, one_host: bool) -> EngineBlu
     common = engine_spec(config, layout, tuple(sorted(os.sched_getaffinity(0))) if one_host else ())
     replicas = tuple(for_replica(common, replica, engines.num_replicas) for replica in range(engines.num_replicas))
     slots, share = _place(layout, "policy")
-    firsts = slots[:: engines.tensor_parallel_size]
+    width = engines.tensor_parallel_size
+    shares = tuple(slots[first : first + width] for first in range(0, len(slots), width))
     environments = tuple(
         device.worker_environment(layout.device_kind, engines.cores_per_process * engines.tensor_parallel_size)
         | engine_environment(spec)
         | (LOOPBACK_ENVIRONMENT if one_host else {})
         for spec in replicas
     )
-    plan = RolePlan(firsts, engines.num_replicas, share, 0, engines.cores_per_process, environments)
+    plan = RolePlan(shares, engines.num_replicas, share, 0, engines.cores_per_process, environments)
     return EngineBlueprint(
         plan, config.runtime_args.rollout_backend, replicas, common.wire, gives_way=common.sleep_enabled
     )
@@ -220,7 +221,8 @@ def _sharded(config: GrpoConfig, layout: Layout, sharded: ShardedPlan, role: str
     environment = device.worker_environment(
         layout.device_kind, sharded.cores_per_process, expandable_segments=sharded.use_expandable_segments
     ) | (LOOPBACK_ENVIRONMENT if one_host else {})
-    plan = RolePlan(slots, sharded.num_ranks, share, 0, sharded.cores_per_process, (environment,) * sharded.num_ranks)
+    alone = tuple((slot,) for slot in slots)
+    plan = RolePlan(alone, sharded.num_ranks, share, 0, sharded.cores_per_process, (environment,) * sharded.num_ranks)
     moves = _takes_turns(layout)
     return ModelBlueprint(
         plan=plan,

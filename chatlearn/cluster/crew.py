@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from chatlearn import device
 from chatlearn.batch.plan import BatchLayout
 from chatlearn.cluster.cluster import Cluster, Place, Troupe
 from chatlearn.cluster.fanout import Group, Ticket, call, collect
 from chatlearn.cluster.groups import PolicyGroup, ReferenceGroup, RewardGroup, TrainerGroup
+from chatlearn.cluster.placement import Slot
 from chatlearn.cluster.workers import Luggage, ReferenceWorker, RewardWorker, RolloutWorker, TrainerWorker
 from chatlearn.device import DeviceKind
+from chatlearn.errors import RunError
 from chatlearn.rollout.engine import EngineSpec
 from chatlearn.trainer.build import ModelSpec
 from chatlearn.trainer.objective import Objective
@@ -21,9 +24,12 @@ from chatlearn.weights.wire import WireKind
 
 @dataclass(frozen=True)
 class RolePlan:
-    """Where a role's processes go: slot numbers (none: anywhere), and what each process gets."""
+    """Where a role's processes go, and what each gets.
 
-    slots: tuple[int, ...]
+    ``slots`` has the numbers of the slots of each process, the first of which it lives in; empty means anywhere.
+    """
+
+    slots: tuple[tuple[int, ...], ...]
     num_processes: int
     device_share: float
     num_cpus: int
@@ -127,17 +133,24 @@ def open_crew(cluster: Cluster, blueprint: Blueprint) -> Crew:
 
 
 def _places(cluster: Cluster, plan: RolePlan) -> list[Place]:
-    slots = cluster.placement.slots
+    if not plan.slots:
+        return [Place(None, 0.0, plan.num_cpus, plan.num_threads, environment) for environment in plan.environments]
     return [
-        Place(
-            slot=slots[plan.slots[number]] if plan.slots else None,
-            device_share=plan.device_share,
-            num_cpus=plan.num_cpus,
-            num_threads=plan.num_threads,
-            environment=plan.environments[number],
-        )
-        for number in range(plan.num_processes)
+        _place(cluster.placement.slots, numbers, environment, plan)
+        for numbers, environment in zip(plan.slots, plan.environments, strict=True)
     ]
+
+
+def _place(slots: Sequence[Slot], numbers: Sequence[int], environment: dict[str, str], plan: RolePlan) -> Place:
+    mine = [slots[number] for number in numbers]
+    if len({slot.host for slot in mine}) > 1:
+        raise RunError(
+            f"a process that needs {len(mine)} devices of one node was given some on {mine[0].host} and some on "
+            f"{mine[-1].host}; make num_gpu of every model a multiple of the GPUs of a node"
+        )
+    devices = [slot.device_index for slot in mine if slot.device_index is not None]
+    seen = device.visible_devices(devices) if devices else {}
+    return Place(mine[0], plan.device_share, plan.num_cpus, plan.num_threads, environment | seen)
 
 
 def _num_engine_ranks(policy: EngineBlueprint) -> int:
