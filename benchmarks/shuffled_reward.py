@@ -28,7 +28,7 @@ from chatlearn.reward.grade import Grader
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "shuffled_reward.md"
-NUM_EPISODES = 15
+NUM_EPISODES = 20
 LAST = 5
 COIN_CHANCE = 0.35  # About the share that the embedded model solves before training.
 MIN_RISE = 0.35  # What the quickstart must show.

@@ -31,7 +31,6 @@ RECORDED_PACKAGES = (
     "tokenizers",
     "safetensors",
     "numpy",
-    "datasets",
     "math-verify",
     "wandb",
 )

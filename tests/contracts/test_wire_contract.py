@@ -24,10 +24,10 @@ from chatlearn.weights.wire import (
     EngineClient,
     FinishUpdate,
     OpenTransfer,
-    WireMeeting,
     TensorMeta,
     TransferMessage,
     UpdateWeights,
+    WireMeeting,
 )
 
 # vLLM's own imports warn of torch's and Python's deprecations.
