@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-
-from chatlearn.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 DeviceKind = Literal["cpu", "cuda"]
-DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["float32", "bfloat16"]
 
 BYTES_PER_GB = 10**9
@@ -40,22 +36,6 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("L40S", 362e12),
     ("RTX 4090", 165e12),
 )
-
-
-def resolve_kind(asked: DeviceChoice) -> DeviceKind:
-    """The kind of device to use; ``auto`` takes an accelerator when there is one."""
-    if asked == "cpu":
-        return "cpu"
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if asked == "auto":
-        return "cpu"
-    raise ConfigError(
-        "runtime_args.device=cuda, but torch sees no CUDA device on this machine; "
-        "use runtime_args.device=cpu, or install a CUDA build of torch and check that nvidia-smi answers"
-    )
 
 
 def backend_of(kind: DeviceKind) -> Literal["gloo", "nccl"]:
@@ -94,14 +74,6 @@ def set_num_threads(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
 
 
-def synchronise(kind: DeviceKind) -> None:
-    """Wait for everything the device was asked to do, so that a clock read next tells the truth."""
-    if kind == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-
-
 def empty_cache(kind: DeviceKind) -> None:
     """Give memory that torch holds in reserve back to the device, for another process to use."""
     if kind == "cuda":
@@ -110,34 +82,14 @@ def empty_cache(kind: DeviceKind) -> None:
         torch.cuda.empty_cache()
 
 
-def memory_gb(kind: DeviceKind) -> float:
-    """Memory in use now, in GB: torch's allocations on the device, or the process's resident memory on the host."""
-    if kind == "cuda":
-        import torch
-
-        return torch.cuda.memory_allocated() / BYTES_PER_GB
-    statm = Path("/proc/self/statm")  # pages: total, resident, ...
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize() / BYTES_PER_GB
-    return peak_memory_gb(kind)
-
-
 def peak_memory_gb(kind: DeviceKind) -> float:
-    """The most memory that was ever in use, in GB; on the device since ``reset_peak_memory``."""
+    """The most memory that this process ever used, in GB: of the device what torch took, or else of the host."""
     if kind == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated() / BYTES_PER_GB
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / BYTES_PER_GB
-
-
-def reset_peak_memory(kind: DeviceKind) -> None:
-    """Start a new measurement of the device's peak; the host's peak cannot be reset."""
-    if kind == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_flops(kind: DeviceKind) -> float | None:
@@ -154,13 +106,13 @@ def flops_of(device_name: str) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS if name in device_name), None)
 
 
-def visible_devices(indices: Sequence[int]) -> dict[str, str]:
+def visible_devices(names: Sequence[str]) -> dict[str, str]:
     """Environment of a child process that may use these accelerators of its node, and no others.
 
     Ray would show an actor only the one whose share it holds, which is too few for an engine that spans several.
     """
     return {
-        "CUDA_VISIBLE_DEVICES": ",".join(str(index) for index in indices),
+        "CUDA_VISIBLE_DEVICES": ",".join(names),
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
     }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from chatlearn.errors import CheckpointError
+from chatlearn.observability.whole_file import replacing
 
 # No other program makes folders with these names, so whatever has one is ours to delete.
 STAGING_PREFIX = ".chatlearn-staging-"
@@ -30,13 +31,12 @@ def failures_named(folder: Path) -> Generator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader finds the old text or the new one, never a part."""
-    scratch = path.with_name(f".{path.name}.writing")
-    with scratch.open("w", encoding="utf-8") as file:
+    """Write a small file so that a reader finds the old text or the new one, never a part.
+
+    Makes the folder where it is missing; file and name have reached the disk when it returns.
+    """
+    with replacing(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
     sync(path.parent)
 
 
@@ -73,11 +73,17 @@ def staging_of(final: Path) -> Path:
 def open_staging(final: Path) -> Path:
     """Make an empty staging folder for ``final``; what an interrupted attempt left there goes."""
     recover_folder(final)
+    discard_staging(final)
+    staging = staging_of(final)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def discard_staging(final: Path) -> None:
+    """Remove what an interrupted attempt to make ``final`` left behind, if anything."""
     staging = staging_of(final)
     if staging.exists():
         shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    return staging
 
 
 def publish_folder(final: Path) -> None:

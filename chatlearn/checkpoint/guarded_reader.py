@@ -109,7 +109,10 @@ def _require_inside(info: StorageInfo, path: Path) -> None:
 
 
 class GuardedPlanner(DefaultLoadPlanner):
-    """torch's planner, with plain values (an optimizer's settings, say) loaded weights-only as tensors are."""
+    """torch's planner, with plain values loaded weights-only as tensors are.
+
+    We save none, but it is the checkpoint that says whether an entry is a plain value.
+    """
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         harmless = io.BytesIO()

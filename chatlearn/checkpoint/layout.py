@@ -20,6 +20,8 @@ from pathlib import Path
 
 from chatlearn.checkpoint.durable import (
     REPLACED_PREFIX,
+    STAGING_PREFIX,
+    discard_staging,
     failures_named,
     files_below,
     open_staging,
@@ -116,8 +118,12 @@ def list_complete(root: Path) -> tuple[Path, ...]:
 def _numbered(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
-    folders = [path for path in root.iterdir() if path.is_dir() and path.name.isascii() and path.name.isdecimal()]
+    folders = [path for path in root.iterdir() if path.is_dir() and _is_iteration(path.name)]
     return sorted(folders, key=lambda path: int(path.name))
+
+
+def _is_iteration(name: str) -> bool:
+    return name.isascii() and name.isdecimal()
 
 
 def _is_complete(folder: Path) -> bool:
@@ -146,7 +152,7 @@ def _pointer(root: Path) -> float:
     if not path.is_file():
         return float("inf")
     content = path.read_text(encoding="utf-8", errors="replace").strip()
-    return int(content) if content.isascii() and content.isdecimal() else float("inf")
+    return int(content) if _is_iteration(content) else float("inf")
 
 
 def prune(root: Path, keep: int) -> tuple[Path, ...]:
@@ -178,11 +184,19 @@ def _delete_listed(folder: Path) -> None:
 
 
 def recover(root: Path) -> None:
-    """Finish what a crash cut in half: replacements, deletions. Call it once before a run reads ``root``."""
+    """Finish or undo what a crash cut in half: replacements, deletions, saves.
+
+    Call it before a run reads ``root``, while no checkpoint is being prepared there.
+    """
     if not root.is_dir():
         return
-    for aside in sorted(root.glob(f"{REPLACED_PREFIX}*")):
-        recover_folder(root / aside.name.removeprefix(REPLACED_PREFIX))
-    for folder in _numbered(root):
-        if (folder / DELETED_NAME).is_file():
-            _delete_listed(folder)
+    with failures_named(root):
+        for aside in sorted(root.glob(f"{REPLACED_PREFIX}*")):
+            recover_folder(root / aside.name.removeprefix(REPLACED_PREFIX))
+        for staging in sorted(root.glob(f"{STAGING_PREFIX}*")):
+            iteration = staging.name.removeprefix(STAGING_PREFIX)
+            if _is_iteration(iteration) and staging.is_dir() and not staging.is_symlink():
+                discard_staging(root / iteration)
+        for folder in _numbered(root):
+            if (folder / DELETED_NAME).is_file():
+                _delete_listed(folder)

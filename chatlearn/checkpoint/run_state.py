@@ -19,8 +19,7 @@ class RunState:
 
     ``episode`` and ``train_iteration`` (optimizer steps) count from 0 before training; ``policy_version`` is that of
     the weights saved with it; ``epoch``, ``offset`` and ``deferred`` are the position in the prompt stream;
-    ``metrics_bytes`` is the length of ``metrics.jsonl``, so that a resume can cut off what was written after the
-    checkpoint.
+    ``metrics_bytes`` is the length that ``metrics.jsonl`` had, a fact for tools; a resume cuts that file by step.
     """
 
     episode: int
@@ -39,7 +38,6 @@ def save_run_state(directory: Path, state: RunState) -> None:
     """
     document = {"schema_version": SCHEMA_VERSION, **asdict(state)}
     with failures_named(directory):
-        directory.mkdir(parents=True, exist_ok=True)
         write_text(directory / RUN_STATE_NAME, json.dumps(document, indent=1) + "\n")
 
 

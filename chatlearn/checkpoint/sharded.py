@@ -2,6 +2,9 @@
 
 Both functions are collectives. They take transformers' module (names as it has them in memory) and its optimizer, both
 sharded or not; a checkpoint of any number of ranks loads into any other number.
+
+Of the optimizer its state is kept: moments and step counts. Learning rate, betas and weight decay are not state but the
+user's wishes, so they are neither saved nor loaded: after a resume those hold that the optimizer was built with.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ from chatlearn.checkpoint.layout import MODEL_FOLDER, OPTIMIZER_FOLDER, RANDOM_F
 from chatlearn.checkpoint.manifest import FileRecord, record_file, verify_checksums, verify_sizes
 from chatlearn.errors import CheckpointError
 
+# torch's name for the moments in an optimizer's state dict; what lies beside it are the hyperparameters.
+STATE = "state"
+
 
 @dataclass(frozen=True)
 class Restored:
@@ -49,7 +55,7 @@ def save_shards(directory: Path, module: nn.Module, optimizer: torch.optim.Optim
     """
     rank, _ = _place()
     _write(get_model_state_dict(module), directory / MODEL_FOLDER)
-    _write(get_optimizer_state_dict(module, optimizer), directory / OPTIMIZER_FOLDER)
+    _write({STATE: get_optimizer_state_dict(module, optimizer)[STATE]}, directory / OPTIMIZER_FOLDER)
     random_file = directory / RANDOM_FOLDER / f"rank_{rank}.pt"
     with failures_named(random_file.parent):
         random_file.parent.mkdir(exist_ok=True)
@@ -72,7 +78,7 @@ def load_shards(directory: Path, module: nn.Module, optimizer: torch.optim.Optim
     weights = get_model_state_dict(module)
     _read(weights, directory / MODEL_FOLDER)
     moments = get_optimizer_state_dict(module, optimizer)
-    _read(moments, directory / OPTIMIZER_FOLDER)
+    _read({STATE: moments[STATE]}, directory / OPTIMIZER_FOLDER)
     set_model_state_dict(module, weights)
     set_optimizer_state_dict(module, optimizer, moments)
     if random_states is None:

@@ -12,7 +12,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from chatlearn.models.attention import PACKED_ATTENTION, register_packed_attention
-from chatlearn.trainer.load import Checkpoint, fill
+from chatlearn.models.stored_weights import StoredWeights
+from chatlearn.trainer.load import fill
 from chatlearn.trainer.parallel import ParallelPlan, device_mesh
 from chatlearn.trainer.token_scorer import TokenScorer
 
@@ -58,14 +59,14 @@ def build(
     scorer.requires_grad_(trainable)
     mesh = device_mesh(plan)
     keep_whole = is_small(scorer, spec)
-    with Checkpoint(spec.path) as checkpoint:
+    with StoredWeights(spec.path) as stored:
         if spec.meta_init:
             shard(scorer, family, mesh, compute_dtype, keep_whole=keep_whole)
             materialise(scorer, device)
-            fill(scorer, family, checkpoint)
+            fill(scorer, family, stored)
         else:
             materialise(scorer, torch.device("cpu"))
-            fill(scorer, family, checkpoint)
+            fill(scorer, family, stored)
             shard(scorer, family, mesh, compute_dtype, keep_whole=keep_whole)
     return scorer
 

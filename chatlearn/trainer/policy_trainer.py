@@ -76,7 +76,7 @@ class PolicyTrainer:
             entropy=whole.entropy.item(),
             grad_norm=grad_norm,
             clip_fraction=whole.clip_fraction.item(),
-            lr=self.optimizer_spec.lr,
+            lr=self.optimizer.param_groups[0]["lr"],
             num_tokens=round(num_tokens.item()),
             num_loss_tokens=num_loss_tokens,
             rollout_logprob_diff_mean=whole.rollout_logprob_diff_mean.item(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,16 @@ def load_and_train(setup: Setup, folder: Path, num_steps_before: int) -> tuple[R
         step(trainer, setup, samples)
     restored = load_shards(folder, trainer.model.module, trainer.optimizer)
     return restored, snapshot(trainer, setup, samples)
+
+
+def load_with_another_rate(setup: Setup, folder: Path, lr: float) -> tuple[Snapshot, Snapshot]:
+    """The next step where the rate changes after the resume, and where the run was resumed with the new rate."""
+    changed_later, samples = trainer_of(setup), random_samples(6)
+    load_shards(folder, changed_later.model.module, changed_later.optimizer)
+    changed_later.optimizer.param_groups[0]["lr"] = lr
+    resumed = trainer_of(replace(setup, lr=lr))
+    load_shards(folder, resumed.model.module, resumed.optimizer)
+    return snapshot(changed_later, setup, samples), snapshot(resumed, setup, samples)
 
 
 def load_damaged(setup: Setup, folder: Path) -> tuple[str, bool]:
@@ -135,6 +145,15 @@ def test_the_same_number_of_ranks_goes_on_to_the_bit(
         assert largest_difference(here.weights, saved.snapshot.weights) == 0
         assert here.stats == saved.snapshot.stats
         assert largest_difference(here.next_weights, saved.snapshot.next_weights) == 0
+
+
+def test_a_resume_with_another_learning_rate_trains_with_it(saved_by: SavedBy, gang_of: Callable[[int], Gang]) -> None:
+    saved, lr = saved_by("moe", 2), LR / 10
+    for expected, here in gang_of(2).run(load_with_another_rate, saved.setup, saved.folder, lr):
+        assert here.stats == expected.stats
+        assert here.stats.lr == lr
+        assert largest_difference(here.next_weights, expected.next_weights) == 0
+        assert largest_difference(here.next_weights, saved.snapshot.next_weights) > lr
 
 
 @pytest.mark.parametrize(

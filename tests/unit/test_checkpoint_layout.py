@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatlearn.checkpoint.durable import REPLACED_PREFIX, staging_of
+from chatlearn.checkpoint.durable import REPLACED_PREFIX, STAGING_PREFIX, staging_of
 from chatlearn.checkpoint.layout import begin, latest_complete, list_complete, prune, publish, recover
 from chatlearn.checkpoint.manifest import FileRecord, Manifest, read_manifest, verify_checksums, verify_sizes
 from chatlearn.errors import CheckpointError
@@ -111,6 +111,27 @@ def test_an_interrupted_save_leaves_nothing_in_the_way(tmp_path: Path) -> None:
     assert not (begin(tmp_path, 5) / "half").exists()
     assert save(tmp_path, 5).is_dir()
     assert not staging_of(tmp_path / "5").exists()
+
+
+def test_what_a_killed_save_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    final = save(root, 5)
+    elsewhere.mkdir()
+    kept = [root / f"{STAGING_PREFIX}{end}" for end in ("", "8x", "notes")] + [root / "notes"]
+    for folder in kept:
+        folder.mkdir()
+    (root / f"{STAGING_PREFIX}9").symlink_to(elsewhere)
+    (root / f"{STAGING_PREFIX}10").write_text("a file")
+    before = sorted(root.iterdir())
+
+    (begin(root, 7) / "model").mkdir()
+    assert staging_of(root / "7").is_dir()
+    recover(root)
+    assert sorted(root.iterdir()) == before
+    begin(root, 7)
+    assert save(root, 8).is_dir()
+    assert sorted(root.iterdir()) == sorted([*before, root / "8"])
+    assert list_complete(root) == (final, root / "8")
 
 
 def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:

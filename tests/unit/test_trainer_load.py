@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from chatlearn.errors import DataError
 from chatlearn.models.qwen3 import QWEN3
-from chatlearn.trainer.load import Checkpoint, fill
+from chatlearn.models.stored_weights import StoredWeights
+from chatlearn.trainer.load import fill
 
 WEIGHTS = {"first.weight": torch.arange(6.0).view(2, 3), "second.weight": torch.arange(4.0).view(2, 2)}
 
@@ -24,8 +25,8 @@ def module() -> torch.nn.Module:
 
 def fill_from(folder: Path) -> torch.nn.Module:
     target = module()
-    with Checkpoint(folder) as checkpoint:
-        fill(target, QWEN3, checkpoint)
+    with StoredWeights(folder) as stored:
+        fill(target, QWEN3, stored)
     return target
 
 
@@ -77,6 +78,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(WEIGHTS, "absent.safetensors")}))
     with pytest.raises(DataError, match=r"absent\.safetensors: not a readable safetensors file"):
+        fill_from(tmp_path)
+    save_file({"first.weight": WEIGHTS["first.weight"]}, tmp_path / "model.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(WEIGHTS, "model.safetensors")}))
+    with pytest.raises(DataError, match=r"model\.safetensors: has no tensor 'second.weight', which .*index\.json"):
         fill_from(tmp_path)
     index.write_text("{}")
     with pytest.raises(DataError, match=r"index\.json: not a readable index"):

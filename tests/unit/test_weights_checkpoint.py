@@ -20,6 +20,9 @@ def write_model(folder: Path, tied: bool) -> None:
     second = {"model.norm.weight": torch.randn(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.randn(3)}
     save_file(first, folder / "model-00001-of-00002.safetensors")
     save_file(second, folder / "model-00002-of-00002.safetensors")
+    places = {name: number for number, names in enumerate((first, second), 1) for name in names}
+    index = {"weight_map": {name: f"model-0000{number}-of-00002.safetensors" for name, number in places.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 @pytest.mark.parametrize(("tied", "head"), [(True, set[str]()), (False, {"lm_head.weight"})])
@@ -36,13 +39,20 @@ def test_metadata_and_export_agree(tmp_path: Path) -> None:
     assert {tensor.dtype for _, tensor in exported} == {torch.float32}
 
 
+def test_a_second_copy_of_the_weights_is_not_sent(tmp_path: Path) -> None:
+    write_model(tmp_path, tied=False)
+    expected = expected_tensors(tmp_path)
+    save_file({"layers.0.norm.weight": torch.randn(2)}, tmp_path / "consolidated.safetensors")
+    assert expected_tensors(tmp_path) == expected
+
+
 def test_a_directory_without_weights_is_one_clear_message(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"there are no \*.safetensors files"):
-        CheckpointSource(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not a header")
     with pytest.raises(DataError, match=r"config.json: not found"):
         CheckpointSource(tmp_path)
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"neither model.safetensors nor .* in it"):
+        CheckpointSource(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a header")
     with pytest.raises(DataError, match=r"model.safetensors: not a readable safetensors file"):
         CheckpointSource(tmp_path)
 

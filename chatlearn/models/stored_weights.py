@@ -1,0 +1,105 @@
+"""The tensors in the safetensors files of a Hugging Face model directory, one file or many."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from safetensors import SafetensorError, safe_open
+
+from chatlearn.errors import DataError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from torch import Tensor
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+# Frequencies of the rotary embedding: old checkpoints hold them, but they follow from the configuration.
+COMPUTED_SUFFIX = "rotary_emb.inv_freq"
+
+
+class StoredWeights:
+    """Opens files when they are first read and closes them all at the end; ``files`` tells where each tensor lies.
+
+    The index decides where there is one: some directories hold the same weights a second time, in files of another
+    layout. Raises ``DataError`` that names the file for a directory that is not as it should be.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        self.model_dir = model_dir
+        self.files = _files_by_name(model_dir)
+        self._stack = ExitStack()
+        self._readers: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a stored tensor, from its file's header alone."""
+        return tuple(self._reader(name).get_slice(name).get_shape())
+
+    def whole(self, name: str) -> Tensor:
+        """All of a stored tensor."""
+        return self._reader(name).get_tensor(name)
+
+    def rows(self, name: str, expected: tuple[int, ...], start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of a stored tensor, which must have the ``expected`` shape."""
+        stored = self._reader(name).get_slice(name)
+        shape = tuple(stored.get_shape())
+        if shape != expected:
+            raise DataError(
+                f"{self.model_dir / self.files[name]}: tensor '{name}' has shape {shape}, but config.json asks for "
+                f"{expected}; the two do not belong together"
+            )
+        return stored[start:stop]
+
+    def _reader(self, name: str) -> Any:
+        if name not in self.files:
+            raise DataError(f"{self.model_dir}: the checkpoint has no tensor '{name}'; the download may be incomplete")
+        file = self.files[name]
+        if file not in self._readers:
+            reader = self._stack.enter_context(_open(self.model_dir / file))
+            absent = {expected for expected, place in self.files.items() if place == file}.difference(reader.keys())
+            if absent:
+                raise DataError(
+                    f"{self.model_dir / file}: has no tensor '{min(absent)}', which {INDEX_FILE} says is in it; "
+                    "download both again"
+                )
+            self._readers[file] = reader
+        return self._readers[file]
+
+
+def _files_by_name(model_dir: Path) -> dict[str, str]:
+    index = model_dir / INDEX_FILE
+    if index.is_file():
+        try:
+            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{index}: not a readable index of weights ({error}); download it again") from error
+    if not (model_dir / SINGLE_FILE).is_file():
+        raise DataError(f"{model_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} in it; only safetensors can be loaded")
+    with _open(model_dir / SINGLE_FILE) as reader:
+        return dict.fromkeys(reader.keys(), SINGLE_FILE)
+
+
+def _open(path: Path) -> Any:
+    """An open file; it is a context manager, which its stubs do not say, hence ``Any``."""
+    try:
+        return cast("Any", safe_open(path, framework="pt", device="cpu"))
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: not a readable safetensors file ({error}); download it again") from error
+
+
+def is_weight(name: str) -> bool:
+    """Whether a stored tensor is learned, and not computed by every model for itself."""
+    return not name.endswith(COMPUTED_SUFFIX)
