@@ -50,6 +50,7 @@ def read_curve(metrics_file: Path) -> Curve:
 def draw(curve: Curve, picture: Path) -> None:
     """Write the picture; its size is that of a README column."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.2, 3.2), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -59,6 +60,7 @@ def draw(curve: Curve, picture: Path) -> None:
         points = list(curve.evaluations), list(curve.evaluations.values())
         axes.plot(*points, "D", markersize=8, color=EVALUATION_COLOUR, label=label)
     axes.set(xlabel="episode (0: before training)", ylim=(0, 1), xlim=(-0.5, max(curve.rewards) + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

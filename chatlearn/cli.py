@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from chatlearn.config.environment import Environment
+from chatlearn.config.environment import Environment, keep_to_ourselves
 from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.preflight import disk_problems
 from chatlearn.config.read import read_config
@@ -58,6 +58,7 @@ def grpo(
     if line is not None:
         typer.echo(line, err=True)
     if dry_run:
+        rehearse(config, layout)
         show_plan(config, layout)
         return
     from chatlearn.grpo import run
@@ -72,7 +73,6 @@ def prepare(
 ) -> None:
     """Write train.json and test.json from a downloaded data set, or generate them."""
     main_of = imported(resolve(PREPROCESSORS, name, "prepare"), "prepare")
-    assert callable(main_of)
     main_of(arguments or [])
 
 
@@ -109,27 +109,62 @@ def check(config: GrpoConfig, environment: Environment) -> Layout:
         raise ConfigError(*problems) from error
     if problems:
         raise ConfigError(*problems)
+    check_models(config, layout)
     check_names(config)
     return layout
 
 
+def check_models(config: GrpoConfig, layout: Layout) -> None:
+    """Find the family of every model that will be loaded, and let transformers read its configuration."""
+    from chatlearn.models.family import family_of
+    from chatlearn.models.pretrained import read_configuration
+
+    trust_remote_code = config.models.policy_trainer.trust_remote_code
+    for role, plan in (("policy_trainer", layout.trainer), ("ref_policy", layout.reference)):
+        if plan is None:
+            continue
+        family = family_of(Path(plan.load))
+        if plan.groupgemm and family.experts is None:
+            raise ConfigError(
+                f"models.{role}.groupgemm=True is for mixtures of experts, and {plan.load} is a "
+                f"{family.architecture}; use False"
+            )
+        read_configuration(f"models.{role}.load", Path(plan.load), trust_remote_code=trust_remote_code)
+
+
 def check_names(config: GrpoConfig) -> None:
-    """Find the model family and every extension point that the configuration names; imported late, for this is slow."""
+    """Find every extension point that the configuration names."""
     from chatlearn.algorithm.advantage import ADVANTAGES
     from chatlearn.algorithm.loss import POLICY_LOSSES
-    from chatlearn.models.family import family_of
+    from chatlearn.reward.grade import REWARDS
     from chatlearn.rollout.engine import ENGINES
 
-    trainer = config.models.policy_trainer
-    family = family_of(Path(trainer.load))
-    if trainer.groupgemm and family.experts is None:
-        raise ConfigError(
-            f"models.policy_trainer.groupgemm=True is for mixtures of experts, and {trainer.load} is a "
-            f"{family.architecture}; use False"
-        )
-    resolve(ADVANTAGES, config.runtime_args.advantage, "runtime_args.advantage")
-    resolve(POLICY_LOSSES, trainer.loss, "models.policy_trainer.loss")
-    resolve(ENGINES, config.runtime_args.rollout_backend, "runtime_args.rollout_backend")
+    runtime, models = config.runtime_args, config.models
+    asked: tuple[tuple[Mapping[str, object], str | None, str], ...] = (
+        (ADVANTAGES, runtime.advantage, "runtime_args.advantage"),
+        (ENGINES, runtime.rollout_backend, "runtime_args.rollout_backend"),
+        (POLICY_LOSSES, models.policy_trainer.loss, "models.policy_trainer.loss"),
+        (REWARDS, models.reward.function, "models.reward.function"),
+    )
+    for table, name, key in asked:
+        if name is None:
+            continue
+        try:
+            resolve(table, name, key)
+        except SystemExit as end:  # A script without a guard; its status, often 0, would pass for that of a run.
+            raise ConfigError(
+                f"{key}={name}: its module ends the process when it is imported (status {end.code}); "
+                "guard that with if __name__ == '__main__'"
+            ) from end
+
+
+def rehearse(config: GrpoConfig, layout: Layout) -> None:
+    """What a run does before its cluster: find where to begin, read the data. Nothing is written."""
+    from chatlearn.questions import read_questions
+    from chatlearn.saving import state_found
+
+    state_found(config, layout)
+    read_questions(config)
 
 
 def show_plan(config: GrpoConfig, layout: Layout) -> None:
@@ -143,6 +178,7 @@ def show_plan(config: GrpoConfig, layout: Layout) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. A user's error is one message, never a traceback."""
+    keep_to_ourselves()  # Before transformers or Ray are imported; they read the environment once.
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(words, prog_name="chatlearn")  # leaves with SystemExit in any case, with status 2 for a wrong command
@@ -153,6 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return WRONG
     except ChatLearnError as error:
         _complain("the run failed", error)
+        return FAILED
+    except OSError as error:  # A full disk, a folder that may not be written: the system's own words name the file.
+        typer.echo(f"the run failed: {error}", err=True)
         return FAILED
     return DONE
 

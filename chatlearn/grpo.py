@@ -6,6 +6,8 @@ carries the version it was sampled from; version 0 is the model one started with
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 
 from chatlearn.algorithm.advantage import AdvantageFn
@@ -16,6 +18,7 @@ from chatlearn.config.layout import layout_of
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.observability.describe import describe_evaluation, describe_rollouts
 from chatlearn.observability.journal import Journal, Page
+from chatlearn.questions import read_questions
 from chatlearn.records import Completion, Graded, Prompt, Sample
 from chatlearn.saving import announce, beginning, is_due, is_save_due, open_journal, resume, save
 from chatlearn.team import Team, gather
@@ -29,13 +32,14 @@ def run(config: GrpoConfig) -> None:
     if state.episode >= config.runtime_args.num_episode:
         announce(f"finished at {state.episode}")
         return
+    questions = read_questions(config)  # Before the journal: a mistake in the data touches nothing that is written.
     interruption = Interruption()
     with (
         interruption.listening(),
         open_journal(config, layout, state) as journal,
-        gather(config, layout, state, journal, interruption.check) as team,
+        gather(config, layout, questions, state, journal, interruption.check) as team,
     ):
-        resume(team, state)
+        resume(team, state, journal)
         publish(team, version=state.policy_version)
         if state.episode == 0 and team.args.enable_eval_before_training:
             with journal.page(0) as page:
@@ -56,7 +60,8 @@ def turn(team: Team, journal: Journal, state: RunState, episode: int) -> RunStat
     with journal.page(episode) as page:
         state = live(team, page, state, episode)
         if is_due(episode, team.args.eval_episode_interval):
-            evaluate(team, page, episode)
+            with suppress(Interrupted):  # The optimizer has stepped: the episode counts, and the loop stops after it.
+                evaluate(team, page, episode)
     if is_save_due(team.args, episode):
         save(team, state, journal)
     return state
@@ -75,6 +80,7 @@ def live(team: Team, page: Page, state: RunState, episode: int) -> RunState:
         samples = [sample for group in graded for sample in compare(group, team.advantage)]
         page.add(describe_rollouts(graded))
         page.keep(graded, samples)
+        page.add({"policy_trainer/oversized_samples": float(team.trainer.num_oversized(samples))})
 
     if team.reference is not None:  # Absent when kl_coef is zero.
         with page.phase("reference"), team.reference.resident():
@@ -84,8 +90,9 @@ def live(team: Team, page: Page, state: RunState, episode: int) -> RunState:
         if team.layout.steps_per_episode > 1:  # With a single step the step itself computes them.
             with page.phase("old_logprobs"):
                 samples = team.trainer.annotate(samples)
-        for batch in team.batches(samples, episode):
+        for number, batch in enumerate(team.batches(samples, episode), start=1):
             page.add_step(team.trainer.step(batch))
+            page.progress(number, team.layout.steps_per_episode)
     page.add_capacity(team.trainer.capacity())
 
     with page.phase("publish"):
@@ -108,7 +115,8 @@ def compare(group: Graded, advantage: AdvantageFn) -> list[Sample]:
 
     An answer that the grader failed on is neither right nor wrong: it stays out of the comparison and out of the loss.
     """
-    values = iter(advantage([score.value for score in group.scores if score.error is None]))
+    graded = [score.value for score in group.scores if score.error is None]
+    values = iter(advantage(graded) if graded else ())
     return [
         to_sample(group.rollout.prompt, completion, next(values) if score.error is None else None)
         for completion, score in zip(group.rollout.completions, group.scores, strict=True)

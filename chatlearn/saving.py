@@ -36,13 +36,17 @@ FRESH = RunState(episode=0, train_iteration=0, policy_version=0, epoch=0, offset
 
 
 def beginning(config: GrpoConfig, layout: Layout) -> RunState:
-    """Where the run begins: at the newest complete checkpoint, or fresh.
+    """Where the run begins, after what an earlier one was in the middle of has been finished."""
+    recover(layout.folders.save_model)
+    return state_found(config, layout)
+
+
+def state_found(config: GrpoConfig, layout: Layout) -> RunState:
+    """The state in the newest complete checkpoint, or a fresh one; only reads, so that a dry run disturbs nobody.
 
     Raises ``ConfigError`` when resuming is switched off and the output directory holds checkpoints of another run.
     """
-    root = layout.folders.save_model
-    recover(root)
-    newest = latest_complete(root)
+    newest = latest_complete(layout.folders.save_model)
     if newest is None:
         return FRESH
     if not config.runtime_args.enable_resume_training:
@@ -76,11 +80,16 @@ def open_journal(config: GrpoConfig, layout: Layout, state: RunState) -> Generat
         yield journal
 
 
-def resume(team: Team, state: RunState) -> None:
+def resume(team: Team, state: RunState, journal: Journal) -> None:
     """Load the weights, optimizer and random states that belong to ``state``; a fresh run has nothing to load."""
-    if state.train_iteration > 0:
-        with team.trainer.resident():
-            team.trainer.load(checkpoint_folder(team.layout.folders.save_model, state.train_iteration))
+    if state.train_iteration == 0:
+        return
+    folder = checkpoint_folder(team.layout.folders.save_model, state.train_iteration)
+    with team.trainer.resident():
+        restored = team.trainer.load(folder)
+    journal.say(f"resumed from {folder}, after episode {state.episode}")
+    if not restored.random_states:
+        journal.say(f"it was saved by {restored.num_ranks_saved} ranks: the trainer's random states begin anew")
 
 
 def save(team: Team, state: RunState, journal: Journal) -> None:
@@ -95,10 +104,11 @@ def save(team: Team, state: RunState, journal: Journal) -> None:
     begun = time.perf_counter()
     staging = begin(root, state.train_iteration)
     base = Path(team.layout.trainer.load)
-    with team.trainer.resident():
-        files = team.trainer.save(staging)
+    with journal.phase("saving"):
+        files = team.trainer.save(staging)  # From wherever the shards lie: the engines may hold the device now.
         if team.saves_hugging_face:
-            team.trainer.save_hugging_face(base, staging / HUGGING_FACE_FOLDER)
+            with team.trainer.weights_resident():
+                team.trainer.save_hugging_face(base, staging / HUGGING_FACE_FOLDER)
     state = replace(state, metrics_bytes=journal.metrics_bytes)
     save_run_state(staging, state)
     manifest = Manifest(

@@ -22,6 +22,7 @@ from chatlearn.cluster.workers import Luggage
 from chatlearn.config.layout import Layout, PackingRule, ShardedPlan
 from chatlearn.config.resolve import resolve
 from chatlearn.config.schema import GrpoConfig
+from chatlearn.models.pretrained import cache_bytes_per_token, read_configuration
 from chatlearn.observability.sinks import JournalSpec, WandbSpec
 from chatlearn.rollout.engine import EngineSpec, SamplingPlan
 from chatlearn.rollout.environment import engine_environment
@@ -32,7 +33,10 @@ from chatlearn.trainer.parallel import ParallelPlan
 from chatlearn.weights.wire import WireKind, choose_wire
 
 MIN_CACHE_BYTES = 2**28
-CACHE_BYTES_PER_TOKEN = 2**13  # Enough for models that a CPU can train: 2 x 4 bytes x 1,024 numbers of keys and values.
+MAX_CACHE_BYTES = (
+    2**33
+)  # With less than it could use an engine works on fewer answers at once, and needs no more memory.
+BLOCK_TOKENS = 128  # vLLM on the CPU hands out its cache in blocks of so many tokens.
 
 # Where a run stays on one machine, its processes talk to each other over the loopback interface and no other.
 LOOPBACK_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
@@ -115,8 +119,13 @@ def _wire(config: GrpoConfig, layout: Layout) -> WireKind:
 
 def _cache_bytes(config: GrpoConfig, layout: Layout) -> int:
     """Room for every sequence that runs at once (CPU only: on a GPU ``gpu_memory_utilization`` decides)."""
-    tokens = layout.policy.max_sequence_tokens * config.models.policy.generation_batch_size
-    return max(MIN_CACHE_BYTES, tokens * CACHE_BYTES_PER_TOKEN)
+    trainer = config.models.policy_trainer
+    described = read_configuration(
+        "models.policy_trainer.load", Path(trainer.load), trust_remote_code=trainer.trust_remote_code
+    )
+    per_sequence = cache_bytes_per_token(described) * (layout.policy.max_sequence_tokens + BLOCK_TOKENS)
+    wanted = per_sequence * config.models.policy.generation_batch_size
+    return max(MIN_CACHE_BYTES, per_sequence, min(wanted, MAX_CACHE_BYTES))
 
 
 def for_replica(spec: EngineSpec, replica: int, num_replicas: int) -> EngineSpec:
@@ -193,6 +202,7 @@ def blueprint(config: GrpoConfig, layout: Layout, *, one_host: bool) -> Blueprin
         if layout.reference is None
         else _sharded(config, layout, layout.reference, "ref_policy", one_host=one_host),
         graders=_graders(config, layout),
+        takes_turns=_takes_turns(layout),
         device_kind=layout.device_kind,
     )
 

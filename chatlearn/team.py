@@ -17,30 +17,16 @@ from chatlearn.config.environment import Environment
 from chatlearn.config.layout import Layout
 from chatlearn.config.resolve import resolve
 from chatlearn.config.schema import GrpoConfig, RuntimeArgs
-from chatlearn.data.prompts import ChatFormat, PromptSet, read_prompts
 from chatlearn.data.stream import PromptStream, StreamPosition
 from chatlearn.observability.journal import Journal
+from chatlearn.questions import Questions
 from chatlearn.records import Prompt, Sample
 from chatlearn.reward.gold_check import gold_check
-from chatlearn.reward.grade import gold_prompts, require_rewards
+from chatlearn.reward.grade import gold_prompts
 from chatlearn.rollout.dispatch import SamplingPurpose, engine_seed
 from chatlearn.rollout.engine import SamplingPlan
 
 GOLD_LEDGER = "gold_checks.json"
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What a run asks: prompts to train on, and prompts to evaluate with (none where nothing is evaluated)."""
-
-    training: PromptSet
-    evaluation: PromptSet | None
-
-    @property
-    def sources(self) -> set[str]:
-        """Every data source that will have to be graded."""
-        evaluation = self.evaluation.prompts if self.evaluation else ()
-        return {prompt.source for prompt in (*self.training.prompts, *evaluation)}
 
 
 @dataclass(frozen=True)
@@ -74,10 +60,14 @@ class Team:
 
 @contextmanager
 def gather(
-    config: GrpoConfig, layout: Layout, state: RunState, journal: Journal, heartbeat: Callable[[], None]
+    config: GrpoConfig,
+    layout: Layout,
+    questions: Questions,
+    state: RunState,
+    journal: Journal,
+    heartbeat: Callable[[], None],
 ) -> Generator[Team]:
-    """Read the data, open the cluster, start everybody; inside, the team is ready, and after it nobody is left."""
-    questions = read_questions(config)
+    """Open the cluster and start everybody; inside, the team is ready, and after it nobody is left."""
     journal.say(questions.training.summary)
     policy = config.models.policy
     address = Environment.read().ray_address
@@ -116,20 +106,3 @@ def gather(
             evaluation_completions=config.runtime_args.eval_samples_per_prompt,
             saves_hugging_face=config.models.policy_trainer.save_hf,
         )
-
-
-def read_questions(config: GrpoConfig) -> Questions:
-    """Read and tokenise the prompts; the first thing a run does, because bad data should cost nobody a cluster."""
-    from transformers import AutoTokenizer
-
-    policy, trainer = config.models.policy, config.models.policy_trainer
-    tokenizer = AutoTokenizer.from_pretrained(trainer.load, trust_remote_code=trainer.trust_remote_code)
-    chat = ChatFormat(tokenizer, policy.enable_thinking)
-    limit = policy.max_prompt_tokens_length
-    evaluation = config.runtime_args.eval_data_path
-    questions = Questions(
-        training=read_prompts(config.runtime_args.data_path, chat, limit),
-        evaluation=None if evaluation is None else read_prompts(evaluation, chat, limit),
-    )
-    require_rewards(questions.sources, config.models.reward.function)
-    return questions

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from chatlearn.cluster.placement import Demand, Placement, Slot
 from chatlearn.cluster.watchdog import start_watchdog
 from chatlearn.cluster.workers import Arrival, Seat
 from chatlearn.config.environment import prepare_local_ray
-from chatlearn.errors import RunError
+from chatlearn.errors import RunError, WorkerError
 from chatlearn.observability.actors import Actor, ActorsFile
 
 RAY_TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
@@ -28,13 +28,12 @@ CLOSE_TIMEOUT_S = 8.0  # Nothing of ours may be alive ten seconds after the end.
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """What is needed to open a cluster: the address to join (``None`` starts a local Ray), what is asked of it, where
-    logs go, and Ray's runtime environment for joined clusters."""
+    """What is needed to open a cluster: the address to join (``None`` starts a local Ray), what is asked of it, and
+    where logs go."""
 
     address: str | None
     demand: Demand
     output_dir: Path
-    runtime_env: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,14 @@ class Cluster:
         """Start a local Ray or join the one at ``spec.address``; on exit nothing of the run is left behind."""
         start_ray(spec)
         try:
-            cluster = cls(spec, Placement.open(spec.demand), heartbeat)
+            cluster = cls(spec, Placement.open(spec.demand, heartbeat), heartbeat)
             try:
                 yield cluster
+            except WorkerError as error:
+                cluster.abandon("stopped", culprit=error)
+                raise
             except BaseException:
-                cluster.abandon()
+                cluster.abandon("stopped")
                 raise
             cluster.close()
         finally:
@@ -105,16 +107,17 @@ class Cluster:
         ray.wait([reference for reference, _ in tickets], num_returns=len(tickets), timeout=CLOSE_TIMEOUT_S)
         self.abandon("finished")
 
-    def abandon(self, state: str = "stopped") -> None:
+    def abandon(self, state: str, culprit: WorkerError | None = None) -> None:
         """End every actor without asking."""
         for member in self._members:
             ray.kill(member.handle, no_restart=True)
-        self._report(state)
+        self._report(state, culprit)
         self.placement.close()
 
     def _start(self, troupe: Troupe, rank: int, place: Place) -> Member:
         log_file = str((self.spec.output_dir / "logs" / f"{troupe.role}_{rank}.log").absolute())
-        seat = Seat(troupe.role, rank, len(troupe.places), place.num_threads, log_file)
+        one_host = self.spec.address is None
+        seat = Seat(troupe.role, rank, len(troupe.places), place.num_threads, log_file, one_host)
         if place.slot is None:
             options = {"num_cpus": place.num_cpus, "runtime_env": {"env_vars": place.environment}}
         else:
@@ -122,20 +125,30 @@ class Cluster:
         handle = ray.remote(troupe.worker).options(**options).remote(seat)
         return Member(troupe.role, rank, "a host it has not reached yet", 0, handle, log_file)
 
-    def _report(self, state: str) -> None:
-        rows = [Actor(member.role, member.rank, member.host, member.pid, state) for member in self._members]
+    def _report(self, state: str, culprit: WorkerError | None = None) -> None:
+        failed = (culprit.role, culprit.rank) if culprit is not None else None
         driver = Actor("driver", 0, socket.gethostname(), os.getpid(), state)
+        rows = [
+            Actor(
+                member.role,
+                member.rank,
+                member.host,
+                member.pid,
+                "failed" if (member.role, member.rank) == failed else state,
+            )
+            for member in self._members
+        ]
         self._actors_file.write([driver, *rows])
 
 
 def start_ray(spec: ClusterSpec) -> None:
     """Join ``spec.address``, or start a Ray of our own that listens on the loopback address and asks for a token."""
-    common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "runtime_env": dict(spec.runtime_env)}
+    common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if spec.address is not None:
         try:
             ray.init(address=spec.address, **common)
-        except (ConnectionError, RayError) as error:
-            raise RunError(f"no Ray cluster answers at RAY_ADDRESS={spec.address}: {error}") from None
+        except (ConnectionError, RuntimeError, RayError) as error:  # RuntimeError: another version of Ray or Python
+            raise RunError(f"cannot join the Ray cluster at RAY_ADDRESS={spec.address}: {error}") from None
         return
     prepare_local_ray()
     logging.getLogger(RAY_TOKEN_LOGGER).setLevel(logging.ERROR)  # That a token is asked for is no news to warn of.
@@ -145,7 +158,7 @@ def start_ray(spec: ClusterSpec) -> None:
 
 
 def _met(member: Member, arrival: Arrival) -> Member:
-    return replace(member, host=arrival.host, pid=arrival.pid, address=arrival.address)
+    return replace(member, host=arrival.host, pid=arrival.pid)
 
 
 def _wait() -> None:

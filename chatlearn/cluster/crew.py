@@ -81,12 +81,13 @@ class GraderBlueprint:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """All roles of a run."""
+    """All roles of a run. ``takes_turns``: engines and trainer share accelerators."""
 
     policy: EngineBlueprint
     trainer: TrainerBlueprint
     reference: ModelBlueprint | None
     graders: GraderBlueprint
+    takes_turns: bool
     device_kind: DeviceKind
 
 
@@ -111,10 +112,10 @@ def open_crew(cluster: Cluster, blueprint: Blueprint) -> Crew:
         troupes.append(Troupe("ref_policy", ReferenceWorker, _places(cluster, blueprint.reference.plan)))
     engines, trainers, graders, *references = cluster.spawn(troupes)
 
-    policy = PolicyGroup(cluster.interruptible(engines), blueprint.policy.gives_way)
+    policy = PolicyGroup(engines, cluster.interruptible(engines), blueprint.policy.gives_way)
     opening = engines.start("open", [(blueprint.policy.engine, spec) for spec in blueprint.policy.replicas])
     opening += graders.start("open", _grading(blueprint.graders))
-    if blueprint.policy.gives_way:  # An engine measures how much memory is free: the trainer must not be there yet.
+    if blueprint.takes_turns:  # An engine measures how much memory is free: the trainer must not be there yet.
         collect(opening, cluster.heartbeat)
         opening = []
         policy.sleep()
@@ -122,13 +123,16 @@ def open_crew(cluster: Cluster, blueprint: Blueprint) -> Crew:
     opening += [ticket for group in references for ticket in _open_reference(group, blueprint)]
     collect(opening, cluster.heartbeat)
     if blueprint.policy.wire == "shared_memory":  # The other wires are vLLM's own, from end to end.
-        engines.each("prove", [(spec.model_path,) for spec in blueprint.policy.replicas])
+        collect(engines.start("prove", [(spec.model_path,) for spec in blueprint.policy.replicas]), cluster.heartbeat)
 
     learning = blueprint.trainer
     trainer = TrainerGroup(trainers, learning.steps, learning.sharded.scores, learning.sharded.luggage)
     meeting = trainers.first("wire_meeting", _num_engine_ranks(blueprint.policy))
     trainers.map("connect", blueprint.policy.wire, engines.members, meeting)
     reference = _reference_group(references, blueprint)
+    trainer.send_home()
+    if reference is not None:
+        reference.send_home()
     return Crew(policy, trainer, reference, RewardGroup(graders))
 
 

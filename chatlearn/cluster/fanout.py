@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ ROOT_CAUSE_GRACE_S = 3.0  # When a rank dies its peers fail too, often sooner; s
 
 @dataclass(frozen=True)
 class Member:
-    """One actor of a group. ``handle`` is Ray's untyped proxy, ``address`` the one its node is reached at."""
+    """One actor of a group. ``handle`` is Ray's untyped proxy."""
 
     role: str
     rank: int
@@ -25,7 +26,6 @@ class Member:
     pid: int
     handle: Any
     log_file: str
-    address: str = ""
 
 
 Ticket = tuple[Any, Member]  # An object reference, and who owes us its value.
@@ -116,10 +116,23 @@ def explain(error: RayError, member: Member) -> ChatLearnError:
             words = str(cause)
         else:
             words = f"{type(cause).__name__}: {cause}"
+        keep_traceback(str(error), member)  # For Ray the text of an error is its remote traceback.
         return WorkerError(member.role, member.rank, member.host, f"{words} (its log: {member.log_file})")
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        keep_traceback(str(error), member)
+        last_line = str(error).strip().splitlines()[-1]
+        return WorkerError(member.role, member.rank, member.host, f"its start failed: {last_line.strip()}")
     if isinstance(error, RayActorError):
         words = f"its process (pid {member.pid}) died; the end of its log may say why: {member.log_file}"
         return WorkerError(member.role, member.rank, member.host, words)
     if isinstance(error, GetTimeoutError):
         return WorkerError(member.role, member.rank, member.host, "it did not answer in time")
     return WorkerError(member.role, member.rank, member.host, f"Ray reports: {error}")
+
+
+def keep_traceback(text: str, member: Member) -> None:
+    """Put the worker's own traceback where its messages are: Ray brings it here and nowhere else."""
+    log_file = Path(member.log_file)
+    if log_file.parent.is_dir():
+        with log_file.open("a", encoding="utf-8") as log:
+            log.write(f"{text}\n")

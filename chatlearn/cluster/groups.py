@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from chatlearn.batch.pack import TrainBatch, pack, unpack
-from chatlearn.batch.plan import BatchLayout
+from chatlearn.batch.plan import BatchLayout, oversized
 from chatlearn.checkpoint.manifest import FileRecord
+from chatlearn.checkpoint.sharded import Restored
 from chatlearn.cluster.fanout import Group
 from chatlearn.cluster.workers import Luggage
 from chatlearn.errors import RunError
@@ -25,10 +26,15 @@ LogprobColumn = Literal["old_logprobs", "ref_logprobs"]
 
 
 class PolicyGroup:
-    """The replicas of the rollout engine. ``gives_way`` says that their memory is for others between rollouts."""
+    """The replicas of the rollout engine.
 
-    def __init__(self, group: Group, gives_way: bool) -> None:
+    ``gives_way`` says that their memory is for others between rollouts. ``interruptible`` is the same group, but
+    waiting for it ends when the user asks to stop: only what is being generated may be thrown away.
+    """
+
+    def __init__(self, group: Group, interruptible: Group, gives_way: bool) -> None:
         self.group = group
+        self.interruptible = interruptible
         self.gives_way = gives_way
 
     def rollouts(
@@ -41,7 +47,7 @@ class PolicyGroup:
         shares = plan_dispatch(prompts, num_completions, len(self.group.members))
         arguments = [(requests, replace(plan, seed=seed)) for requests, seed in zip(shares, seeds, strict=True)]
         finished: list[Finished] = []
-        for parcel in self.group.stream("generate", arguments):
+        for parcel in self.interruptible.stream("generate", arguments):
             finished.extend(parcel)
             show(len(finished), len(prompts) * num_completions)
         return assemble(prompts, num_completions, finished)
@@ -82,6 +88,10 @@ class TrainerGroup:
         """Copies of the samples with ``old_logprobs`` from the current weights."""
         return annotate(self.group, samples, self.scores, "old_logprobs")
 
+    def num_oversized(self, samples: Sequence[Sample]) -> int:
+        """How many samples are longer than a micro-batch should be; each gets one of its own."""
+        return len(oversized([len(sample.token_ids) for sample in samples], self.steps))
+
     def send_weights(self, version: int) -> TransferStats:
         """Stream the current weights into the engines."""
         stats: TransferStats = self.group.map("send_weights", version)[0]
@@ -91,9 +101,10 @@ class TrainerGroup:
         """Every rank writes its shards; returns what they wrote."""
         return tuple(record for records in self.group.map("save", staging) for record in records)
 
-    def load(self, checkpoint: Path) -> None:
+    def load(self, checkpoint: Path) -> Restored:
         """Every rank takes over its part of a published checkpoint."""
-        self.group.map("load", checkpoint)
+        restored: Restored = self.group.map("load", checkpoint)[0]
+        return restored
 
     def save_hugging_face(self, base_dir: Path, save_dir: Path) -> None:
         """Gather and write the weights as a Hugging Face directory."""
@@ -108,6 +119,10 @@ class TrainerGroup:
             peak_flops=sum(peaks) if len(peaks) == len(ranks) else None,
             peak_memory_gb=max(rank.peak_memory_gb for rank in ranks),
         )
+
+    def send_home(self) -> None:
+        """Leave the device to others, where they need it."""
+        _send_home(self.group, self.luggage)
 
     @contextmanager
     def resident(self) -> Generator[None]:
@@ -133,6 +148,10 @@ class ReferenceGroup:
     def annotate(self, samples: Sequence[Sample]) -> list[Sample]:
         """Copies of the samples with ``ref_logprobs``."""
         return annotate(self.group, samples, self.scores, "ref_logprobs")
+
+    def send_home(self) -> None:
+        """Leave the device to others, where they need it."""
+        _send_home(self.group, self.luggage)
 
     @contextmanager
     def resident(self) -> Generator[None]:
@@ -180,9 +199,12 @@ def _for_every_rank(batch: TrainBatch, group: Group) -> list[object]:
 @contextmanager
 def _resident(group: Group, luggage: Luggage) -> Generator[None]:
     """No ``finally``: an error ends the run, and asking broken ranks to tidy up would only hide it."""
-    moves = luggage.weights or luggage.optimizer
-    if moves:
+    if luggage.weights or luggage.optimizer:
         group.map("bring", luggage)
     yield
-    if moves:
+    _send_home(group, luggage)
+
+
+def _send_home(group: Group, luggage: Luggage) -> None:
+    if luggage.weights or luggage.optimizer:
         group.map("send_home", luggage)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from chatlearn.errors import ConfigError, RunError
 
 READY_TIMEOUT_S = 300.0  # An autoscaled cluster may need minutes to bring a node.
+ASK_EVERY_S = 1.0
 PROBE_GPUS = 0.01
 
 
@@ -35,7 +38,7 @@ class Slot:
 
     bundle: int
     host: str
-    device_index: int | None
+    device_index: str | None
 
 
 class Placement:
@@ -47,19 +50,19 @@ class Placement:
         self.accelerated = accelerated
 
     @classmethod
-    def open(cls, demand: Demand) -> Placement:
+    def open(cls, demand: Demand, heartbeat: Callable[[], None]) -> Placement:
         """Reserve the slots; says what is missing when the cluster cannot hold the run."""
         _check_room(demand)
         bundle = {"CPU": 1.0, "GPU": 1.0} if demand.accelerated else {"CPU": 1.0}
         group = placement_group([bundle] * demand.num_slots, strategy="PACK")
-        if not group.wait(READY_TIMEOUT_S):
+        if not _granted(group, heartbeat):
             remove_placement_group(group)
             raise RunError(
                 f"Ray did not grant {demand.num_slots} slots of {bundle} within {READY_TIMEOUT_S:.0f} s; other jobs of "
                 f"the cluster may hold them: free now {ray.available_resources()}"
             )
         slots = [_probe(group, index, demand.accelerated) for index in range(demand.num_slots)]
-        slots.sort(key=lambda slot: (slot.host, slot.device_index or 0, slot.bundle))
+        slots.sort(key=lambda slot: (slot.host, len(slot.device_index or ""), slot.device_index or "", slot.bundle))
         return cls(group, slots, demand.accelerated)
 
     def close(self) -> None:
@@ -100,10 +103,22 @@ def _probe(group: PlacementGroup, bundle: int, accelerated: bool) -> Slot:
     look = ray.remote(_look_around).options(
         num_cpus=0, num_gpus=PROBE_GPUS if accelerated else 0, scheduling_strategy=strategy
     )
-    host, device_index = ray.get(look.remote())
+    try:
+        host, device_index = ray.get(look.remote())
+    except RayError as error:
+        raise RunError(f"Ray could not start a process in slot {bundle} of the run: {error}") from None
     return Slot(bundle, host, device_index)
 
 
-def _look_around() -> tuple[str, int | None]:
+def _look_around() -> tuple[str, str | None]:
     devices = ray.get_gpu_ids()
-    return ray.util.get_node_ip_address(), int(devices[0]) if devices else None
+    return ray.util.get_node_ip_address(), str(devices[0]) if devices else None
+
+
+def _granted(group: PlacementGroup, heartbeat: Callable[[], None]) -> bool:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if group.wait(ASK_EVERY_S):
+            return True
+        heartbeat()
+    return False

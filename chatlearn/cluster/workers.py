@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from chatlearn.batch.pack import MicroBatch
     from chatlearn.checkpoint.manifest import FileRecord
+    from chatlearn.checkpoint.sharded import Restored
     from chatlearn.cluster.fanout import Member
     from chatlearn.records import Graded, Prompt, Rollout, StepStats
     from chatlearn.rollout.engine import EngineSpec, Finished, Request, SamplingPlan, WakePart
@@ -35,19 +36,22 @@ if TYPE_CHECKING:
     from chatlearn.trainer.residency import Residency
     from chatlearn.weights.wire import TransferMessage, TransferStats, WireKind, WireMeeting
 
-LOOPBACK = "127.0.0.1"
 STREAM_EVERY_S = 0.25  # Completions travel to the driver in parcels of this much time: soon, but not one by one.
 
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a worker sits: what it is called, its share of the cores, and the file that keeps what it writes."""
+    """Where a worker sits: what it is called, its share of the cores, and the file that keeps what it writes.
+
+    ``one_host`` says that the whole run is on this machine, and needs to be reached by no other.
+    """
 
     role: str
     rank: int
     num_ranks: int
     num_threads: int
     log_file: str
+    one_host: bool
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,10 @@ class Luggage:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What a worker says of itself when it is up; its node is reached at ``address``."""
+    """What a worker says of itself when it is up."""
 
     host: str
     pid: int
-    address: str
 
 
 class TrainerWorker:
@@ -126,11 +129,11 @@ class TrainerWorker:
 
         return save_shards(staging, self._model.module, self._trainer.optimizer)
 
-    def load(self, checkpoint: Path) -> None:
+    def load(self, checkpoint: Path) -> Restored:
         """Take over the state of a published checkpoint, whatever number of ranks wrote it."""
         from chatlearn.checkpoint.sharded import load_shards
 
-        load_shards(checkpoint, self._model.module, self._trainer.optimizer)
+        return load_shards(checkpoint, self._model.module, self._trainer.optimizer)
 
     def save_hugging_face(self, base_dir: Path, save_dir: Path) -> None:
         """Gather the weights (every rank takes part) and write them as a Hugging Face directory on rank 0."""
@@ -317,7 +320,7 @@ def send_home(residency: Residency, what: Luggage) -> None:
 
 def arrive() -> Arrival:
     """Look around in this process."""
-    return Arrival(socket.gethostname(), os.getpid(), ray.util.get_node_ip_address())
+    return Arrival(socket.gethostname(), os.getpid())
 
 
 def meeting_place(seat: Seat) -> str:
@@ -325,9 +328,9 @@ def meeting_place(seat: Seat) -> str:
 
     On one machine that is a file, because torch's TCP store would listen on every network of the machine.
     """
-    address, port = free_address()
-    if address == LOOPBACK:
+    if seat.one_host:
         return f"file://{Path(seat.log_file).with_suffix('')}_meeting_{os.getpid()}"
+    address, port = free_address()
     return f"tcp://{address}:{port}"
 
 

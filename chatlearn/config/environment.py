@@ -28,7 +28,6 @@ class Environment:
 
     num_nodes: int = 1
     node_rank: int = 0
-    master_addr: str = "localhost"
     gpus_per_node: int = 0
     cores: int = 1
     ray_address: str | None = None
@@ -36,7 +35,7 @@ class Environment:
 
     @classmethod
     def read(cls) -> Environment:
-        """Read NNODES or WORLD_SIZE (both count nodes), NODE_RANK or RANK, MASTER_ADDR, GPUS_PER_NODE and the rest."""
+        """Read NNODES or WORLD_SIZE (both count nodes), NODE_RANK or RANK, GPUS_PER_NODE and the rest."""
         num_nodes = _agreed("NNODES", "WORLD_SIZE", absent=1, least=1)
         node_rank = _agreed("NODE_RANK", "RANK", absent=0, least=0)
         if node_rank >= num_nodes:
@@ -45,7 +44,6 @@ class Environment:
         return cls(
             num_nodes=num_nodes,
             node_rank=node_rank,
-            master_addr=os.environ.get("MASTER_ADDR", "localhost"),
             gpus_per_node=visible_gpus() if gpus is None else gpus,
             cores=usable_cores(),
             ray_address=os.environ.get("RAY_ADDRESS") or None,

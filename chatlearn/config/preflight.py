@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, cast
@@ -12,9 +12,15 @@ from typing import Final, cast
 from chatlearn.config.checks import choices
 from chatlearn.config.environment import Environment
 from chatlearn.config.schema import GrpoConfig
+from chatlearn.config.weight_files import weight_file_problem
 
 DATA_SUFFIXES: Final = (".json", ".jsonl", ".parquet")
+WEIGHTS: Final = "model.safetensors"
+WEIGHTS_INDEX: Final = f"{WEIGHTS}.index.json"
 _TOKENIZERS: Final = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+# The algorithms that the tokenizers library knows; of others it complains with a bare Exception, which is nobody's to
+# catch. Old files leave the name out.
+_TOKENIZER_MODELS: Final = ("BPE", "Unigram", "WordLevel", "WordPiece", None)
 
 
 def disk_problems(config: GrpoConfig, environment: Environment) -> list[str]:
@@ -35,10 +41,11 @@ def model_problems(key: str, load: str) -> list[str]:
     directory = Path(load)
     if not directory.is_dir():
         return [f"{key}={load} is not a directory; download or copy the model there first"]
-    problems = [*_config_problems(key, directory), *_weight_problems(key, directory)]
-    if not any(all((directory / name).is_file() for name in names) for names in _TOKENIZERS):
-        problems.append(f"{key}={load} has no tokenizer (tokenizer.json)")
-    return problems
+    return [
+        *_config_problems(key, directory),
+        *_weight_problems(key, directory),
+        *_tokenizer_problems(key, directory),
+    ]
 
 
 def _config_problems(key: str, directory: Path) -> list[str]:
@@ -47,6 +54,24 @@ def _config_problems(key: str, directory: Path) -> list[str]:
         return [f"{key}={directory} has no config.json; is it a Hugging Face model directory?"]
     found = _json_object(file)
     return [] if found is not None else [f"{key}: {file} cannot be read as a JSON object; copy the model again"]
+
+
+def _tokenizer_problems(key: str, directory: Path) -> list[str]:
+    if not any(all((directory / name).is_file() for name in names) for names in _TOKENIZERS):
+        return [f"{key}={directory} has no tokenizer (tokenizer.json)"]
+    present = [file for name in ("tokenizer.json", "tokenizer_config.json") if (file := directory / name).is_file()]
+    damaged = [file for file in present if not _is_tokenizer_part(file)]
+    return [f"{key}: {file} cannot be read as part of a tokenizer; copy the model again" for file in damaged]
+
+
+def _is_tokenizer_part(file: Path) -> bool:
+    match _json_object(file):
+        case {"model": {**model}, "added_tokens": [*_]}:
+            return model.get("type") in _TOKENIZER_MODELS
+        case {}:
+            return file.name != "tokenizer.json"
+        case _:
+            return False
 
 
 def _capacity_problems(config: GrpoConfig) -> list[str]:
@@ -70,18 +95,23 @@ def _capacity_problems(config: GrpoConfig) -> list[str]:
 
 
 def _weight_problems(key: str, directory: Path) -> list[str]:
-    index = directory / "model.safetensors.index.json"
+    index = directory / WEIGHTS_INDEX
     if not index.is_file():
-        weights = list(directory.glob("*.safetensors"))
-        if not weights:
-            return [f"{key}={directory} has no weights (*.safetensors)"]
-        return [f"{key}: {file} is empty; copy the model again" for file in weights if file.stat().st_size == 0]
+        if not (directory / WEIGHTS).is_file():
+            return [f"{key}={directory} has no weights ({WEIGHTS}, or {WEIGHTS_INDEX} and its parts)"]
+        return _damage(key, [directory / WEIGHTS])
     weight_map = (_json_object(index) or {}).get("weight_map")
     if not isinstance(weight_map, dict):
         return [f"{key}: {index} has no weight_map; copy the model again"]
     names = sorted({str(name) for name in cast("Mapping[str, object]", weight_map).values()})
     missing = [name for name in names if not (directory / name).is_file()]
-    return [f"{key}={directory} lacks {', '.join(missing)}, which {index.name} names"] if missing else []
+    if missing:
+        return [f"{key}={directory} lacks {', '.join(missing)}, which {index.name} names"]
+    return _damage(key, [directory / name for name in names])
+
+
+def _damage(key: str, files: Sequence[Path]) -> list[str]:
+    return [f"{key}: {problem}" for file in files if (problem := weight_file_problem(file)) is not None]
 
 
 def _json_object(file: Path) -> Mapping[str, object] | None:

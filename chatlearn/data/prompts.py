@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
 import numpy as np
+from jinja2 import TemplateError
 
 from chatlearn.data.rows import Row, content_hash, place, raise_problems, read_rows
 from chatlearn.errors import DataError
@@ -21,6 +23,11 @@ BATCH_SIZE = 4096
 
 class ChatTokenizer(Protocol):
     """What is asked of a tokenizer; every tokenizer of transformers can do it."""
+
+    @property
+    def name_or_path(self) -> str:
+        """The model directory it was read from."""
+        ...
 
     def apply_chat_template(
         self,
@@ -153,17 +160,23 @@ def _to_prompt(value: object) -> str | list[dict[str, str]]:
 
 def _render(questions: Sequence[_Question], chat: ChatFormat) -> list[str]:
     conversations = [question.prompt for question in questions if not isinstance(question.prompt, str)]
-    rendered = iter(
-        cast(
-            "list[str]",  # what tokenize=False returns for a list of conversations
-            chat.tokenizer.apply_chat_template(
-                conversations, tokenize=False, add_generation_prompt=True, enable_thinking=chat.enable_thinking
-            ),
-        )
-        if conversations
-        else []
-    )
+    rendered = iter(_render_conversations(conversations, chat) if conversations else ())
     return [question.prompt if isinstance(question.prompt, str) else next(rendered) for question in questions]
+
+
+def _render_conversations(conversations: list[list[dict[str, str]]], chat: ChatFormat) -> list[str]:
+    try:
+        rendered = chat.tokenizer.apply_chat_template(
+            conversations, tokenize=False, add_generation_prompt=True, enable_thinking=chat.enable_thinking
+        )
+    except (ValueError, TypeError, TemplateError) as error:  # there is none, it has a mistake, or it refuses a message
+        reason = re.split("[.!] ", " ".join(str(error).split()))[0]  # transformers goes on with advice about itself
+        raise DataError(
+            f"models.policy_trainer.load: the chat template in {chat.tokenizer.name_or_path} (chat_template.jinja, or "
+            f"chat_template in tokenizer_config.json) cannot be used ({reason}); copy the model again, use one that "
+            "was trained to chat, or give prompts as text"
+        ) from error
+    return cast("list[str]", rendered)  # what tokenize=False returns for a list of conversations
 
 
 def _tokenise(questions: Sequence[_Question], texts: Sequence[str], tokenizer: ChatTokenizer) -> list[list[int]]:

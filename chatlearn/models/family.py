@@ -47,13 +47,3 @@ def _architecture(model_dir: Path) -> str:
                 raise DataError(f"{path}: no 'architectures' in it; it does not describe a Hugging Face model")
     except ValueError as error:  # not JSON, or not text
         raise DataError(f"{path}: not readable as JSON ({error}); download the model again") from error
-
-
-def cache_bytes_per_token(model_dir: Path) -> int:
-    """Bytes of keys and values that one token of one sequence occupies in float32, over all layers."""
-    config: dict[str, int | None] = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    num_heads, num_layers, hidden = (
-        config[key] or 0 for key in ("num_attention_heads", "num_hidden_layers", "hidden_size")
-    )
-    kv_heads = config.get("num_key_value_heads") or num_heads
-    return 2 * 4 * num_layers * kv_heads * (config.get("head_dim") or hidden // num_heads)

@@ -41,6 +41,14 @@ def read_configuration(key: str, model_dir: Path, *, trust_remote_code: bool) ->
         ) from error
 
 
+def cache_bytes_per_token(configuration: PreTrainedConfig) -> int:
+    """Bytes of keys and values that one token of one sequence occupies in float32, over all layers."""
+    known = configuration.to_dict()  # Not every family declares a head's size or its number of key-value heads.
+    head_dim = known.get("head_dim") or known["hidden_size"] // known["num_attention_heads"]
+    num_heads = known.get("num_key_value_heads") or known["num_attention_heads"]
+    return 2 * 4 * known["num_hidden_layers"] * num_heads * head_dim
+
+
 def read_tokenizer(key: str, model_dir: Path, *, trust_remote_code: bool) -> Any:
     """The model's tokenizer, whose class only the directory knows; ``key`` is what named the directory."""
     try:

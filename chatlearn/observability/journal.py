@@ -67,6 +67,12 @@ class Journal:
         """Tell the person who watches one thing in words."""
         self._console.print(text, soft_wrap=True, markup=False)
 
+    @contextmanager
+    def phase(self, title: str) -> Generator[None]:
+        """Show that something goes on which belongs to no page."""
+        with self._display.phase(title):
+            yield
+
     def curve(self) -> None:
         """Draw the mean reward of all episodes, earlier processes' included; nothing before the second episode."""
         points = read_curve(metrics_path(self._spec.directory), "rollout/reward_mean")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import cast
 
 import numpy as np
 
+from chatlearn.observability.whole_file import replacing
 from chatlearn.records import Prompt
 
 NUM_SAMPLES = 500
@@ -77,8 +77,5 @@ def _to_check(entry: Mapping[str, object]) -> GoldCheck:
 
 
 def _write_ledger(path: Path, entries: Mapping[str, GoldCheck]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    content = {key: asdict(entry) for key, entry in entries.items()}
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as file:
+        json.dump({key: asdict(entry) for key, entry in entries.items()}, file, indent=1)

@@ -19,14 +19,14 @@ import numpy as np
 from torch import Tensor
 
 from chatlearn.errors import WeightTransferError
+from chatlearn.models.naming import EMBEDDING
+from chatlearn.models.naming import TIED_HEAD as HEAD
 from chatlearn.rollout.engine import FIRST_VERSION, Request, RolloutEngine, SamplingPlan
 from chatlearn.weights.checkpoint_source import CheckpointSource
 from chatlearn.weights.shared_memory import SharedMemorySender
 from chatlearn.weights.wire import TensorMeta, TransferMessage, WeightSource
 
-EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
 
 # By the end of a name. Per block: the norm doubles its output and what reads it halves; values and the up projection
 # then quadruple, and what reads those takes a quarter; queries double against halved keys where both are normalised.

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from runs import Launcher, actors, descendants, finish, metrics, survivors, trained, wait_until
+from torch.distributed.checkpoint import FileSystemReader
 
 # The simple engine starts in half the time of vLLM, and what is tested here lies around the engine.
 SMALL = (
@@ -18,6 +23,7 @@ SMALL = (
     "runtime_args.eval_episode_interval=0",
 )
 GONE_WITHIN_S = 10.0
+AFTER_THE_STEP_S = 4.0  # A step of 32 short answers takes less than one, the evaluation that follows takes many.
 
 
 def test_ctrl_c_keeps_the_last_finished_state_and_the_same_command_continues(
@@ -52,6 +58,26 @@ def test_ctrl_c_keeps_the_last_finished_state_and_the_same_command_continues(
     assert f"finished at {last + 1}" in finished.stderr
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_ctrl_c_after_the_optimizer_has_stepped_finishes_the_episode(launcher: Launcher, tmp_path: Path) -> None:
+    """The weights that are saved must be those that the saved counters speak of."""
+    evaluating = ("runtime_args.eval_episode_interval=1", "runtime_args.eval_samples_per_prompt=64")
+    run = launcher.start(tmp_path, *SMALL, *evaluating, "runtime_args.num_episode=100")
+    in_training = tmp_path / "rollouts" / "episode_000001.jsonl"
+    wait_until(in_training.exists, run, "answers of the first episode")
+    time.sleep(AFTER_THE_STEP_S)
+    assert 1 not in (metrics(tmp_path) if (tmp_path / "metrics.jsonl").exists() else {}), "it was too late to interrupt"
+    os.kill(run.pid, signal.SIGINT)
+    ended = finish(run)
+
+    assert ended.returncode == 130, ended.stderr
+    assert metrics(tmp_path)[1]["policy_trainer/steps"] == 1
+    checkpoint = tmp_path / "save_model" / "policy_trainer" / "1"
+    assert json.loads((checkpoint / "run_state.json").read_text())["train_iteration"] == 1
+    steps = optimizer_steps(checkpoint)
+    assert steps == {1.0}, "the moments belong to another number of steps than the counters"
+
+
 def test_a_dead_rank_is_named_and_nobody_stays(launcher: Launcher, tmp_path: Path) -> None:
     run = launcher.start(tmp_path, *SMALL, "runtime_args.num_episode=100")
     wait_until(trained(tmp_path, episode=1), run, "first episode")
@@ -83,3 +109,12 @@ def answers(output: Path, episode: int) -> list[dict[str, object]]:
     """The lines of an episode's rollouts."""
     path = output / "rollouts" / f"episode_{episode:06d}.jsonl"
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def optimizer_steps(checkpoint: Path) -> set[float]:
+    """How often the optimizer has stepped, as its own state in a checkpoint says, over all parameters."""
+    folder = checkpoint / "optimizer"
+    names = [name for name in FileSystemReader(folder).read_metadata().state_dict_metadata if name.endswith(".step")]
+    state = {name: torch.zeros(()) for name in names}
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return {float(value) for value in state.values()}

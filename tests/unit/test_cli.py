@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from chatlearn.checkpoint.layout import begin, publish
+from chatlearn.checkpoint.manifest import Manifest
+from chatlearn.checkpoint.run_state import save_run_state
 from chatlearn.cli import main
+from chatlearn.config.environment import QUIET
 from chatlearn.config.read import read_config
+from chatlearn.saving import FRESH
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRYPOINT = str(ROOT / "chatlearn" / "entrypoint.py")
+RECORD = {
+    "data_source": "openai/gsm8k",
+    "prompt": [{"role": "user", "content": "What is 1 + 1?"}],
+    "reward_model": {"style": "rule", "ground_truth": "2"},
+}
 
 
 @pytest.fixture
 def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A good command: the quickstart's configuration with a small model directory and data of its own."""
+    """A good command: the quickstart's configuration with a small model and data of its own."""
     for name in ("NNODES", "WORLD_SIZE", "RANK", "NODE_RANK", "GPUS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
     model, data = tmp_path / "model", tmp_path / "train.json"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps({"architectures": ["Qwen3ForCausalLM"], "num_attention_heads": 4}))
-    (model / "tokenizer.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"weights")
-    data.write_text("{}\n")
+    shutil.copytree(ROOT / "embedded" / "tiny_qwen3", model)
+    data.write_text(json.dumps(RECORD) + "\n")
     return [
         "grpo",
         "-c",
@@ -74,6 +84,12 @@ def test_options_and_overrides_come_in_any_order(words: list[str], capsys: pytes
         ("models.policy_trainer.loss=gsop", "models.policy_trainer.loss=gsop is unknown; did you mean gspo?"),
         ("runtime_args.rollout_backend=vlm", "runtime_args.rollout_backend=vlm is unknown; did you mean vllm?"),
         ("models.policy_trainer.groupgemm=True", "groupgemm=True is for mixtures of experts"),
+        ("models.reward.function=boxd_math", "models.reward.function=boxd_math is unknown; did you mean boxed_math?"),
+        ("models.reward.function=nonsense:foo", "models.reward.function=nonsense:foo: cannot import nonsense"),
+        ("models.reward.function=math:fsumm", "math:fsumm: math has no fsumm; did you mean fsum?"),
+        ("models.reward.function=math:pi", "models.reward.function=math:pi is float, not a function"),
+        ("runtime_args.advantage=math:pi", "runtime_args.advantage=math:pi is float, not a function"),
+        ("models.policy.max_prompt_tokens_length=3", "raise models.policy.max_prompt_tokens_length"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_message_and_status_2(
@@ -85,6 +101,150 @@ def test_a_mistake_is_one_message_and_status_2(
     assert printed.err.startswith("wrong configuration or command: ")
     assert message in printed.err
     assert len(printed.err.splitlines()) == 1
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one message with which a dry run refuses; nothing is printed and nothing is written."""
+    assert main([*words, "--dry-run"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (said,) = printed.err.splitlines()
+    return said
+
+
+def _cut(name: str) -> Callable[[Path], None]:
+    """A download that stopped half way."""
+
+    def act(model: Path) -> None:
+        content = (model / name).read_bytes()
+        (model / name).write_bytes(content[: len(content) // 2])
+
+    return act
+
+
+def _write(name: str, content: bytes) -> Callable[[Path], None]:
+    def act(model: Path) -> None:
+        (model / name).write_bytes(content)
+
+    return act
+
+
+def _remove(name: str) -> Callable[[Path], None]:
+    return lambda model: (model / name).unlink()
+
+
+def _configure(**facts: object) -> Callable[[Path], None]:
+    def act(model: Path) -> None:
+        file = model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "message"),
+    [
+        (_cut("model.safetensors"), "model.safetensors", "has 538308 bytes, and its header speaks of 1076616"),
+        (_write("model.safetensors", b"not a header at all"), "model.safetensors", "has no safetensors header"),
+        (_write("model.safetensors", b"\2\0\0\0\0\0\0\0[]"), "model.safetensors", "has no safetensors header"),
+        (_cut("config.json"), "config.json", "cannot be read as a JSON object"),
+        (_configure(model_type="qwen99"), "config.json", "no model that transformers can build (ValueError: "),
+        (_configure(hidden_size="wide"), "config.json", "no model that transformers can build (Strict"),
+        (_cut("tokenizer.json"), "tokenizer.json", "cannot be read as part of a tokenizer"),
+        (_write("tokenizer.json", b"{}"), "tokenizer.json", "cannot be read as part of a tokenizer"),
+        (_write("tokenizer_config.json", b"[]"), "tokenizer_config.json", "cannot be read as part of a tokenizer"),
+        (
+            _write("tokenizer.json", b'{"model": {"type": "BPE"}, "added_tokens": [7]}'),
+            "tokenizer.json",
+            "cannot be read (AttributeError",
+        ),
+        (_remove("chat_template.jinja"), "chat_template.jinja", "no template argument was passed); copy"),
+        (_write("chat_template.jinja", b"{% for"), "chat_template.jinja", "cannot be used ("),
+        (_write("chat_template.jinja", b"{{ raise_exception('no') }}"), "chat_template.jinja", "cannot be used (no)"),
+    ],
+)  # fmt: skip
+def test_a_damaged_model_is_one_message_with_key_and_file(
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    file: str,
+    message: str,
+) -> None:
+    damage(tmp_path / "model")
+    said = refused(words, capsys)
+    assert said.startswith("wrong configuration or command: models.policy_trainer.load: ")
+    assert str(tmp_path / "model") in said
+    assert file in said
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("garbage\n", "train.json row 1: not valid JSON"),
+        ("{}\n", "train.json row 1: no column data_source, prompt, reward_model"),
+        (json.dumps({**RECORD, "data_source": "mine"}), "no reward function for data source 'mine'; set models.reward"),
+    ],
+)
+def test_data_that_cannot_be_used_is_found_by_a_dry_run_and_before_a_run_writes(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    (tmp_path / "train.json").write_text(content)
+    assert message in refused(words, capsys)
+    written = tmp_path / "output" / "metrics.jsonl"
+    written.parent.mkdir()
+    written.write_text("earlier\n")
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+    assert [path.read_text() for path in written.parent.iterdir()] == ["earlier\n"]
+
+
+def test_a_resume_that_is_switched_off_is_found_by_a_dry_run(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "output" / "save_model" / "policy_trainer"
+    save_run_state(begin(root, 7), FRESH)
+    publish(root, Manifest(7, 7, "base", "Qwen3ForCausalLM", groupgemm=False, num_ranks=1, files=()))
+    assert main([*words, "--dry-run"]) == 0
+    capsys.readouterr()
+    said = refused([*words, "runtime_args.enable_resume_training=False"], capsys)
+    assert "holds the checkpoint 7 of an earlier run" in said
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def f(:", "own_module.py:1 (SyntaxError: invalid syntax"),
+        ("\nf = undefined", "own_module.py:2 (NameError: name 'undefined' is not defined)"),
+        ("open('/nowhere')", "own_module.py:1 (FileNotFoundError: "),
+        ("import absent_package", "cannot import own_module (No module named 'absent_package')"),
+        ("raise SystemExit(0)", "its module ends the process when it is imported (status 0)"),
+    ],
+)
+@pytest.mark.parametrize("key", ["models.reward.function", "runtime_args.advantage"])
+def test_a_module_of_ones_own_that_cannot_be_imported_is_one_message(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    body: str,
+    message: str,
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_module.py").write_text(body)
+    said = refused([*words, f"{key}=own_module:f"], capsys)
+    assert f"{key}=own_module:f" in said
+    assert message in said
+
+
+def test_nothing_asks_a_hub_even_where_a_cluster_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    for name in QUIET:
+        monkeypatch.delenv(name, raising=False)
+    assert main(["--help"]) == 0
+    assert {name: os.environ.get(name) for name in QUIET} == QUIET
 
 
 def test_an_empty_data_file_and_a_strange_model_are_named(

@@ -167,7 +167,7 @@ def test_a_contradictory_launch_is_an_error(
 
 
 def _set(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    for name in ("NNODES", "WORLD_SIZE", "RANK", "NODE_RANK", "MASTER_ADDR", "GPUS_PER_NODE"):
+    for name in ("NNODES", "WORLD_SIZE", "RANK", "NODE_RANK", "GPUS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,14 +16,18 @@ from chatlearn.config.read import read_config
 ROOT = Path(__file__).resolve().parents[2]
 
 
+HEADER = b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+WEIGHTS = len(HEADER).to_bytes(8, "little") + HEADER + bytes(4)
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     facts = {"architectures": ["Qwen3ForCausalLM"], "num_attention_heads": 8, "max_position_embeddings": 4096}
     (folder / "config.json").write_text(json.dumps(facts))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}, "added_tokens": []}')
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
     return folder
 
 
@@ -59,6 +64,10 @@ def _write(name: str, text: str) -> Callable[[Path], None]:
     return act
 
 
+def _keep_bytes(num_bytes: int) -> Callable[[Path], None]:
+    return lambda folder: os.truncate(folder / "model.safetensors", num_bytes)
+
+
 INDEX = "model.safetensors.index.json"
 
 
@@ -68,8 +77,18 @@ INDEX = "model.safetensors.index.json"
         (_remove("config.json"), "has no config.json; is it a Hugging Face model directory?"),
         (_write("config.json", "{"), "config.json cannot be read as a JSON object; copy the model again"),
         (_write("config.json", "[]"), "config.json cannot be read as a JSON object; copy the model again"),
-        (_remove("model.safetensors"), "has no weights (*.safetensors)"),
+        (_remove("model.safetensors"), f"has no weights (model.safetensors, or {INDEX} and its parts)"),
         (_write("model.safetensors", ""), "model.safetensors is empty; copy the model again"),
+        (_write("model.safetensors", "short"), "model.safetensors has no safetensors header; copy the model again"),
+        (_write("model.safetensors", "words" * 9), "model.safetensors has no safetensors header; copy the model again"),
+        (_keep_bytes(40), "model.safetensors has no safetensors header; copy the model again"),
+        (_keep_bytes(72), "model.safetensors has 72 bytes, and its header speaks of 73; copy the model again"),
+        (_write("tokenizer.json", '{"model":'), "tokenizer.json cannot be read as part of a tokenizer; "
+         "copy the model again"),
+        (_write("tokenizer.json", '{"model": {"type": "New"}, "added_tokens": []}'), "tokenizer.json cannot be read as "
+         "part of a tokenizer; copy the model again"),
+        (_write("tokenizer_config.json", ""), "tokenizer_config.json cannot be read as part of a tokenizer; "
+         "copy the model again"),
         (_remove("tokenizer.json"), "has no tokenizer (tokenizer.json)"),
         (_write(INDEX, '{"weight_map": {"w": "part.safetensors"}}'), f"lacks part.safetensors, which {INDEX} names"),
         (_write(INDEX, "{}"), f"{INDEX} has no weight_map; copy the model again"),
@@ -82,6 +101,16 @@ def test_a_damaged_model_directory_is_named(model: Path, damage: Callable[[Path]
     assert said.startswith("models.policy_trainer.load")
     assert str(model) in said
     assert said.endswith(message)
+
+
+def test_a_damaged_part_of_a_model_is_named(model: Path) -> None:
+    for part in ("one", "two"):
+        (model / f"{part}.safetensors").write_bytes(WEIGHTS)
+    (model / INDEX).write_text('{"weight_map": {"w": "one.safetensors", "v": "two.safetensors"}}')
+    assert model_problems("key", str(model)) == []
+    os.truncate(model / "two.safetensors", 10)
+    (said,) = model_problems("key", str(model))
+    assert said == f"key: {model / 'two.safetensors'} has no safetensors header; copy the model again"
 
 
 def test_an_absent_model_is_named(tmp_path: Path) -> None:

@@ -69,6 +69,17 @@ def test_a_plain_text_is_encoded_as_it_is(tmp_path: Path) -> None:
     assert messages.answer == "2"
 
 
+def test_only_messages_need_a_chat_template(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    chat = ChatFormat(tokenizer, enable_thinking=False)
+    texts = write_lines(tmp_path / "texts.json", [record("1+1?")])
+    assert [prompt.text for prompt in read_prompts(str(texts), chat, 1000).prompts] == ["1+1?"]
+    messages = write_lines(tmp_path / "messages.json", [record("1+1?"), record(user("1+1?"))])
+    with pytest.raises(DataError, match=r"no template argument was passed\); .* give prompts as text"):
+        read_prompts(str(messages), chat, 1000)
+
+
 def test_the_filter_is_strict_and_tells_what_it_dropped(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "train.json", [record("x" * length) for length in (9, 3, 8, 4)])
     found = read_prompts(str(path), CHAT, 9)  # a text of 8 letters has 9 tokens with <s>

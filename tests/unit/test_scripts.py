@@ -20,6 +20,13 @@ SCRIPTS = {
     "train_fsdp_vllm_qwen3_30b_a3b_grpo.sh": ("Qwen3-30B-A3B", "Qwen3MoeForCausalLM"),
     "train_fsdp_vllm_qwen3_235b_a22b_grpo.sh": ("Qwen3-235B-A22B", "Qwen3MoeForCausalLM"),
 }
+EMBEDDED = {"Qwen3ForCausalLM": "tiny_qwen3", "Qwen3MoeForCausalLM": "tiny_qwen3_moe"}
+RECORD = {
+    "data_source": "DigitalLearningGmbH/MATH-lighteval",
+    "prompt": [{"role": "user", "content": "What is $1 + 1$?"}],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "2"},
+}
 UPSTREAM = """
 runtime_args.data_rerank=True runtime_args.max_replay_episode=2 runtime_args.use_partial_rollout=False
 models.policy_trainer.free_gpu_memory.free_grad_buffers=True models.policy.vllm_prompt_key=prompt
@@ -35,19 +42,19 @@ models.rollout_manager.generation_batch_size=${runtime_args.sample_per_episode} 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project folder with stand-ins for models and data at the tutorial's paths."""
+    """A project folder with small models and data at the tutorial's paths."""
     for name in ("scripts", "template", "chatlearn"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     data = tmp_path / "dataset" / "MATH-lighteval"
     data.mkdir(parents=True)
     for name in ("train.json", "test.json"):
-        (data / name).write_text("{}\n")
+        (data / name).write_text(json.dumps(RECORD) + "\n")
     for name, architecture in SCRIPTS.values():
         model = tmp_path / "pretrained_models" / name
-        model.mkdir(parents=True)
-        (model / "config.json").write_text(json.dumps({"architectures": [architecture], "num_attention_heads": 32}))
-        (model / "tokenizer.json").write_text("{}")
-        (model / "model.safetensors").write_bytes(b"weights")
+        shutil.copytree(ROOT / "embedded" / EMBEDDED[architecture], model)
+        facts = json.loads((model / "config.json").read_text())
+        # As many heads as the large models have, for 8 GPUs are to share them.
+        (model / "config.json").write_text(json.dumps(facts | {"num_attention_heads": 32}))
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (tmp_path / "bin" / "python").chmod(0o755)

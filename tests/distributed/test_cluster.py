@@ -1,0 +1,161 @@
+"""Processes on a real Ray: who fails is named, streams come as they are made, and waiting can be interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from chatlearn.cluster.cluster import Cluster, ClusterSpec, Place, Troupe
+from chatlearn.cluster.fanout import Group
+from chatlearn.cluster.interruption import Interrupted, Interruption
+from chatlearn.cluster.placement import Demand
+from chatlearn.cluster.workers import Arrival, Seat, arrive, take_seat
+from chatlearn.errors import ConfigError, DataError, WorkerError
+
+# Ray leaves its own pipes and sockets to the interpreter's end.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+class Worker:
+    """Does what a test wants to see done in another process."""
+
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
+        take_seat(seat)
+
+    def arrive(self) -> Arrival:
+        return arrive()
+
+    def variable(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+    def rank_times(self, factor: int) -> int:
+        return self.seat.rank * factor
+
+    def count(self, number: int) -> Iterator[tuple[int, int]]:
+        for step in range(number):
+            yield self.seat.rank, step
+
+    def raise_on(self, rank: int, error: Exception) -> None:
+        if self.seat.rank == rank:
+            raise error
+
+    def die_on(self, rank: int) -> None:
+        """The others complain at once, as ranks of a broken collective do."""
+        if self.seat.rank == rank:
+            time.sleep(0.3)
+            os._exit(1)
+        raise RuntimeError("connection closed by peer")
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        return None
+
+
+class Broken:
+    """Cannot be built."""
+
+    def __init__(self, seat: Seat) -> None:
+        raise ValueError(f"{seat.role} has no such thing")
+
+    def arrive(self) -> Arrival:
+        return arrive()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cluster")
+
+
+@pytest.fixture(scope="module")
+def interruption() -> Interruption:
+    return Interruption()
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path, interruption: Interruption) -> Iterator[Cluster]:
+    spec = ClusterSpec(address=None, demand=Demand(num_slots=2, accelerated=False, num_cpus=0), output_dir=folder)
+    with Cluster.open(spec, interruption.check) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def group(cluster: Cluster) -> Group:
+    return spawned(cluster)
+
+
+def spawned(cluster: Cluster) -> Group:
+    """Two workers, each in a slot."""
+    here = {"PYTHONPATH": str(Path(__file__).parent)}  # By which the actors find this module.
+    slots = cluster.placement.slots
+    places = [Place(slot, 0.0, 0, 1, here | {"TOLD": f"rank {rank}"}) for rank, slot in enumerate(slots)]
+    return cluster.spawn([Troupe("worker", Worker, places)])[0]
+
+
+def test_answers_come_in_the_order_of_the_ranks(group: Group) -> None:
+    assert group.map("rank_times", 10) == [0, 10]
+    assert group.each("rank_times", [(1,), (2,)]) == [0, 2]
+    assert group.first("rank_times", 5) == 0
+    assert group.map("variable", "TOLD") == ["rank 0", "rank 1"]
+
+
+def test_a_stream_yields_everything_from_everybody(group: Group) -> None:
+    assert sorted(group.stream("count", [(2,), (3,)])) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+
+
+def test_an_exception_is_one_sentence_and_its_traceback_is_in_the_log(group: Group) -> None:
+    with pytest.raises(WorkerError, match=r"worker rank 1 on .* failed: ValueError: no such luck") as caught:
+        group.map("raise_on", 1, ValueError("no such luck"))
+    assert (caught.value.role, caught.value.rank) == ("worker", 1)
+    log = Path(group.members[1].log_file).read_text()
+    assert "in raise_on" in log
+    assert "no such luck" in log
+
+
+def test_an_error_of_ours_keeps_its_words(group: Group) -> None:
+    with pytest.raises(WorkerError, match=r"worker rank 0 .*: x.json: row 3 is empty"):
+        group.map("raise_on", 0, DataError("x.json: row 3 is empty"))
+
+
+def test_the_dead_are_named_before_those_who_complain_of_it(cluster: Cluster) -> None:
+    with pytest.raises(WorkerError, match=r"worker rank 1 on .* failed: its process \(pid \d+\) died"):
+        spawned(cluster).map("die_on", 1)
+
+
+def test_an_actor_that_cannot_be_built_says_why(cluster: Cluster) -> None:
+    here = {"PYTHONPATH": str(Path(__file__).parent)}
+    place = Place(cluster.placement.slots[0], 0.0, 0, 1, here)
+    with pytest.raises(WorkerError, match=r"broken rank 0 .* failed: its start failed: .*no such thing"):
+        cluster.spawn([Troupe("broken", Broken, [place])])
+
+
+def test_actors_json_tells_who_is_there(cluster: Cluster, group: Group, folder: Path) -> None:
+    rows = json.loads((folder / "actors.json").read_text())["actors"]
+    pids = {row["pid"] for row in rows if row["role"] == "worker" and row["state"] == "running"}
+    assert {member.pid for member in group.members} <= pids
+
+
+def test_too_large_a_demand_is_refused_with_the_numbers(cluster: Cluster) -> None:
+    from chatlearn.cluster.placement import Placement
+
+    with pytest.raises(ConfigError, match=r"needs 4 GPUs, but the Ray cluster has 0"):
+        Placement.open(Demand(num_slots=4, accelerated=True, num_cpus=0), heartbeat=ray.is_initialized)
+
+
+def test_waiting_can_be_interrupted_where_it_was_said_so(
+    cluster: Cluster, group: Group, interruption: Interruption
+) -> None:
+    interruption.requested = True
+    begun = time.monotonic()
+    with pytest.raises(Interrupted):
+        cluster.interruptible(group).map("sleep", 60.0)
+    assert time.monotonic() - begun < 10
+    interruption.requested = False
