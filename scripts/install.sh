@@ -37,6 +37,7 @@ main() {
     stamped "$STAMP_LOCKED" "$(locked_fingerprint "$variant")" || install_locked "$variant"
     [[ -z $dev ]] || stamped "$STAMP_DEV" "$(fingerprint requirements/dev.txt)" || install_dev
     stamped "$STAMP_PROJECT" "$(fingerprint pyproject.toml)" || install_project
+    compile_packages
     rm "$UNFINISHED"
     say "done in $SECONDS s, $(du -sh "$VENV" | cut -f1) in $VENV; to use it: source $VENV/bin/activate"
 }
@@ -160,11 +161,19 @@ install_project() {
     fingerprint pyproject.toml >"$STAMP_PROJECT"
 }
 
-# Nothing but the locked files: no dependency is resolved, no source is built, every file has its hash. What is never
-# imported need not be compiled to bytecode, which would be half of the work.
+# Nothing but the locked files: no dependency is resolved, no source is built, every file has its hash. pip would compile
+# to bytecode on one core; compile_packages does it on all.
 pip_locked() {
     logged "$PYTHON" -m pip install --quiet --progress-bar off --no-compile --no-deps --only-binary :all: \
         --require-hashes "$@"
+}
+
+# A run starts a dozen processes that import the same large packages. Where Python may not write bytecode
+# (PYTHONDONTWRITEBYTECODE, as in many containers) each of them would compile all of it again, at every start.
+compile_packages() {
+    say "compiling the packages to bytecode"
+    # Some packages carry files for other versions of Python; that these do not compile is no fault.
+    logged "$PYTHON" -m compileall -q -j 0 "$VENV"/lib/python3*/site-packages || true
 }
 
 logged() { "$@" >>"$LOG" 2>&1; }
