@@ -106,7 +106,8 @@ def finish(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
 def metrics(output: Path) -> dict[int, dict[str, float]]:
     """The numbers of every step."""
     steps: dict[int, dict[str, float]] = {}
-    for line in (output / "metrics.jsonl").read_text().splitlines():
+    path = output / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
         numbers: dict[str, Any] = json.loads(line)
         steps.setdefault(numbers["step"], {}).update(numbers)
     return steps
@@ -129,7 +130,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], wh
 
 def trained(output: Path, episode: int) -> Callable[[], bool]:
     """Whether the numbers of ``episode`` are on disk."""
-    return lambda: (output / "metrics.jsonl").exists() and episode in metrics(output)
+    return lambda: episode in metrics(output)
 
 
 def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -21,61 +22,62 @@ SMALL = (
     "runtime_args.train_global_batch_size=32",
     "runtime_args.enable_eval_before_training=False",
     "runtime_args.eval_episode_interval=0",
+    "runtime_args.save_episode_interval=100",
+    "models.reward.num_cpu=1",
 )
 GONE_WITHIN_S = 10.0
 AFTER_THE_STEP_S = 4.0  # A step of 32 short answers takes less than one, the evaluation that follows takes many.
 
 
-def test_ctrl_c_keeps_the_last_finished_state_and_the_same_command_continues(
-    launcher: Launcher, tmp_path: Path
-) -> None:
-    """Also: a resumed run goes on in the data, and a finished one says so."""
-    long = (*SMALL, "runtime_args.num_episode=100", "runtime_args.save_episode_interval=100")
-    run = launcher.start(tmp_path, *long)
-    wait_until(trained(tmp_path, episode=2), run, "second episode")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_ctrl_c_keeps_what_is_finished_and_the_same_command_continues(launcher: Launcher, tmp_path: Path) -> None:
+    """First in an evaluation, when the optimizer has stepped: the episode counts. Then anywhere. Then to the end.
+
+    The weights that are saved must be those that the saved counters speak of, and the data must go on.
+    """
+    evaluating = ("runtime_args.eval_episode_interval=1", "runtime_args.eval_samples_per_prompt=64")
+    run = launcher.start(tmp_path, *SMALL, *evaluating, "runtime_args.num_episode=100")
+    wait_until((tmp_path / "rollouts" / "episode_000001.jsonl").exists, run, "answers of the first episode")
+    time.sleep(AFTER_THE_STEP_S)
+    assert 1 not in metrics(tmp_path), "it was too late to interrupt"
+    interrupt(run)
+    assert metrics(tmp_path)[1]["policy_trainer/steps"] == 1
+    assert saved_state(tmp_path, 1)["train_iteration"] == 1
+    steps = optimizer_steps(tmp_path / "save_model" / "policy_trainer" / "1")
+    assert steps == {1.0}, "the moments belong to another number of steps than the counters"
+
+    run = launcher.start(tmp_path, *SMALL, "runtime_args.num_episode=100")
+    wait_until(trained(tmp_path, episode=3), run, "third episode")
+    interrupt(run)
+    last = max(metrics(tmp_path))
+    assert 3 <= last < 100
+    assert saved_state(tmp_path, last)["episode"] == last
+    assert metrics(tmp_path)[last]["sync/version"] == last
+    asked = [{line["prompt_uid"] for line in answers(tmp_path, episode)} for episode in (1, 2, 3)]
+    assert not asked[0] & asked[1], "the data began anew"
+    assert not asked[1] & asked[2]
+
+    finished = launcher.run(tmp_path, *SMALL, f"runtime_args.num_episode={last}")
+    assert finished.returncode == 0
+    assert f"finished at {last}" in finished.stderr
+
+
+def interrupt(run: subprocess.Popen[str]) -> None:
+    """Press Ctrl-C once; the run must leave with the right status, no traceback and no process."""
     everybody = descendants(run)
     os.kill(run.pid, signal.SIGINT)
     ended = finish(run)
-
     assert ended.returncode == 130, ended.stderr
     assert "Traceback" not in ended.stderr
     assert survivors(everybody, GONE_WITHIN_S) == []
-    last = max(metrics(tmp_path))
-    assert last < 100
-    assert (tmp_path / "save_model" / "policy_trainer" / str(last) / "checkpoint.json").exists()
-
-    asked = {line["prompt_uid"] for line in answers(tmp_path, 1)}
-    again = launcher.run(
-        tmp_path, *SMALL, f"runtime_args.num_episode={last + 1}", "runtime_args.save_episode_interval=1"
-    )
-    assert again.returncode == 0, again.stderr
-    assert max(metrics(tmp_path)) == last + 1
-    assert metrics(tmp_path)[last + 1]["sync/version"] == last + 1
-    assert not asked & {line["prompt_uid"] for line in answers(tmp_path, last + 1)}, "the data began anew"
-
-    finished = launcher.run(tmp_path, *SMALL, f"runtime_args.num_episode={last + 1}")
-    assert finished.returncode == 0
-    assert f"finished at {last + 1}" in finished.stderr
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_ctrl_c_after_the_optimizer_has_stepped_finishes_the_episode(launcher: Launcher, tmp_path: Path) -> None:
-    """The weights that are saved must be those that the saved counters speak of."""
-    evaluating = ("runtime_args.eval_episode_interval=1", "runtime_args.eval_samples_per_prompt=64")
-    run = launcher.start(tmp_path, *SMALL, *evaluating, "runtime_args.num_episode=100")
-    in_training = tmp_path / "rollouts" / "episode_000001.jsonl"
-    wait_until(in_training.exists, run, "answers of the first episode")
-    time.sleep(AFTER_THE_STEP_S)
-    assert 1 not in (metrics(tmp_path) if (tmp_path / "metrics.jsonl").exists() else {}), "it was too late to interrupt"
-    os.kill(run.pid, signal.SIGINT)
-    ended = finish(run)
-
-    assert ended.returncode == 130, ended.stderr
-    assert metrics(tmp_path)[1]["policy_trainer/steps"] == 1
-    checkpoint = tmp_path / "save_model" / "policy_trainer" / "1"
-    assert json.loads((checkpoint / "run_state.json").read_text())["train_iteration"] == 1
-    steps = optimizer_steps(checkpoint)
-    assert steps == {1.0}, "the moments belong to another number of steps than the counters"
+def saved_state(output: Path, iteration: int) -> dict[str, int]:
+    """The counters of a published checkpoint."""
+    checkpoint = output / "save_model" / "policy_trainer" / str(iteration)
+    assert (checkpoint / "checkpoint.json").exists()
+    state: dict[str, int] = json.loads((checkpoint / "run_state.json").read_text())
+    return state
 
 
 def test_a_dead_rank_is_named_and_nobody_stays(launcher: Launcher, tmp_path: Path) -> None:
