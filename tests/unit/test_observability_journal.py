@@ -226,7 +226,10 @@ def test_progress_on_a_screen_is_a_bar_that_vanishes() -> None:
 
 
 def test_progress_outside_a_phase_is_nobodys() -> None:
-    page_with(Clock()).progress(1, 2)
+    page = page_with(Clock())
+    before = page.numbers()
+    page.progress(1, 2)
+    assert page.numbers() == before
 
 
 def test_words_are_not_markup(tmp_path: Path) -> None:
