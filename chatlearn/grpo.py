@@ -91,7 +91,7 @@ def live(team: Team, page: Page, state: RunState, episode: int) -> RunState:
             with page.phase("old_logprobs"):
                 samples = team.trainer.annotate(samples)
         for number, batch in enumerate(team.batches(samples, episode), start=1):
-            page.add_step(team.trainer.step(batch))
+            page.add_step(team.trainer.step(batch, state.train_iteration + number))
             page.progress(number, team.layout.steps_per_episode)
     page.add_capacity(team.trainer.capacity())
 

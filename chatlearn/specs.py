@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from chatlearn import device
-from chatlearn.algorithm.loss import POLICY_LOSSES, ClipRange
-from chatlearn.batch.plan import BatchLayout
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.crew import (
     Blueprint,
@@ -19,17 +17,13 @@ from chatlearn.cluster.crew import (
     TrainerBlueprint,
 )
 from chatlearn.cluster.workers import Luggage
-from chatlearn.config.layout import Layout, PackingRule, ShardedPlan
-from chatlearn.config.resolve import resolve
+from chatlearn.config.layout import Layout, ShardedPlan
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.models.pretrained import cache_bytes_per_token, read_configuration
 from chatlearn.observability.sinks import JournalSpec, WandbSpec
+from chatlearn.recipe import batch_layout, model_spec, objective, optimizer_spec, parallel_plan
 from chatlearn.rollout.engine import EngineSpec, SamplingPlan
 from chatlearn.rollout.environment import engine_environment
-from chatlearn.trainer.build import ModelSpec
-from chatlearn.trainer.objective import Objective
-from chatlearn.trainer.optimizer import OptimizerSpec
-from chatlearn.trainer.parallel import ParallelPlan
 from chatlearn.weights.wire import WireKind, choose_wire
 
 MIN_CACHE_BYTES = 2**28
@@ -40,52 +34,6 @@ BLOCK_TOKENS = 128  # vLLM on the CPU hands out its cache in blocks of so many t
 
 # Where a run stays on one machine, its processes talk to each other over the loopback interface and no other.
 LOOPBACK_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
-
-
-def model_spec(config: GrpoConfig, layout: Layout, plan: ShardedPlan) -> ModelSpec:
-    """The model of the trainer or of the reference; both score at the temperature that was sampled with."""
-    trainer = config.models.policy_trainer
-    return ModelSpec(
-        path=Path(plan.load),
-        compute_dtype=device.compute_dtype(layout.device_kind),
-        temperature=config.models.policy.temperature,
-        gradient_checkpointing=trainer.gradient_checkpointing,
-        grouped_experts=plan.groupgemm,
-        meta_init=plan.meta_init,
-        trust_remote_code=trainer.trust_remote_code,
-    )
-
-
-def parallel_plan(plan: ShardedPlan) -> ParallelPlan:
-    """One copy of the model in shards over all ranks."""
-    return ParallelPlan(num_ranks=plan.num_ranks, fsdp_size=plan.num_ranks)
-
-
-def batch_layout(rule: PackingRule) -> BatchLayout:
-    """How batches of one model are cut."""
-    return BatchLayout(rule.num_data_ranks, rule.packing, rule.max_tokens, rule.micro_batch_size)
-
-
-def optimizer_spec(config: GrpoConfig) -> OptimizerSpec:
-    """AdamW as asked for."""
-    asked = config.models.policy_trainer.optimizer
-    return OptimizerSpec(asked.lr, asked.weight_decay, asked.adam_beta1, asked.adam_beta2, asked.clip_grad)
-
-
-def objective(config: GrpoConfig) -> Objective:
-    """The loss with its clip range and its two optional terms."""
-    trainer = config.models.policy_trainer
-    return Objective(
-        loss=resolve(POLICY_LOSSES, trainer.loss, "models.policy_trainer.loss"),
-        clip=ClipRange(
-            low=trainer.neg_clip_ratio,
-            high=trainer.pos_clip_ratio,
-            max_log_ratio=trainer.diff_clip_ratio,
-            dual=trainer.final_clip_ratio,
-        ),
-        kl_coef=trainer.kl_coef,
-        entropy_coef=trainer.entropy_coef,
-    )
 
 
 def engine_spec(config: GrpoConfig, layout: Layout, cores: tuple[int, ...]) -> EngineSpec:

@@ -72,15 +72,15 @@ class TrainerGroup:
         self.scores = scores
         self.luggage = luggage
 
-    def step(self, samples: Sequence[Sample]) -> StepStats:
-        """Take one optimizer step with these samples."""
+    def step(self, samples: Sequence[Sample], iteration: int) -> StepStats:
+        """Take one optimizer step with these samples; ``iteration`` counts the steps of the run from 1."""
         batch = pack(samples, self.steps)
         if batch.num_loss_tokens == 0:
             raise RunError(
                 f"none of the {len(samples)} answers of a batch can be learned from, because grading failed on all of "
                 "them; see rule_reward/grader_errors and the logs of the reward processes"
             )
-        shares = [(micro_batches, batch.num_loss_tokens) for micro_batches in _for_every_rank(batch, self.group)]
+        shares = [(share, batch.num_loss_tokens, iteration) for share in _for_every_rank(batch, self.group)]
         stats: StepStats = self.group.each("step", shares)[0]
         return stats
 

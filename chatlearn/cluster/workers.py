@@ -115,9 +115,9 @@ class TrainerWorker:
         """Stream the current weights into the engines as ``version``."""
         return self._sender.send(version)
 
-    def step(self, micro_batches: Sequence[MicroBatch], num_loss_tokens: int) -> StepStats:
+    def step(self, micro_batches: Sequence[MicroBatch], num_loss_tokens: int, iteration: int) -> StepStats:
         """Take one optimizer step with this rank's share of a batch."""
-        return self._trainer.step(micro_batches, num_loss_tokens)
+        return self._trainer.step(micro_batches, num_loss_tokens, iteration)
 
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Score this rank's share of a batch with the current weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from chatlearn.device import DtypeName
     from chatlearn.models.naming import ModelFamily
 
+# Which activations the backward pass finds again by computing them anew.
+Checkpointing = Literal["off", "selective", "full"]
+
 DTYPES: dict[DtypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -40,7 +43,7 @@ class ModelSpec:
     path: Path
     compute_dtype: DtypeName = "float32"
     temperature: float = 1.0
-    gradient_checkpointing: bool = True
+    checkpointing: Checkpointing = "full"
     grouped_experts: bool = False
     meta_init: bool = False
     trust_remote_code: bool = False
@@ -82,7 +85,7 @@ def assemble(spec: ModelSpec, family: ModelFamily, dtype: torch.dtype) -> TokenS
         causal_model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=PACKED_ATTENTION, **options
         )
-    if spec.gradient_checkpointing:
+    if spec.checkpointing != "off":
         # Nothing in the model is random, so no generator's state need be kept for the second forward.
         causal_model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     return TokenScorer(causal_model, spec.temperature)

@@ -34,11 +34,12 @@ class PolicyTrainer:
         self.objective = objective
         self.optimizer = build_optimizer(model.module.parameters(), optimizer)
 
-    def step(self, micro_batches: Sequence[MicroBatch], num_loss_tokens: int) -> StepStats:
+    def step(self, micro_batches: Sequence[MicroBatch], num_loss_tokens: int, iteration: int) -> StepStats:
         """One optimizer step on the batch of which these are this rank's micro-batches; collective.
 
-        ``num_loss_tokens`` counts the loss tokens of all ranks. The result is the same on every rank. When the
-        gradient is not finite, ``grad_norm`` is not either, and the weights stay as they were.
+        ``num_loss_tokens`` counts the loss tokens of all ranks, ``iteration`` the steps of the run from 1. The result
+        is the same on every rank. When the gradient is not finite, ``grad_norm`` is not either, and the weights stay
+        as they were.
         """
         assert num_loss_tokens > 0, "a batch without loss tokens has nothing to learn from; leave the step out"
         self.model.module.train()

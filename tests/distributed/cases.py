@@ -47,7 +47,7 @@ class Setup:
     max_tokens: int = 4096
     micro_batch_size: int = 4
     meta_init: bool = False
-    gradient_checkpointing: bool = True
+    checkpointing: str = "full"
     grouped_experts: bool = False
     whole_below_bytes: int = 2**30
     compute_dtype: str = "float32"
@@ -58,7 +58,7 @@ class Setup:
             path=self.path,
             compute_dtype=self.compute_dtype,
             temperature=self.temperature,
-            gradient_checkpointing=self.gradient_checkpointing,
+            checkpointing=self.checkpointing,
             grouped_experts=self.grouped_experts,
             meta_init=self.meta_init,
             whole_below_bytes=self.whole_below_bytes,
@@ -119,7 +119,7 @@ def mine(setup: Setup, samples: Sequence[Sample]) -> TrainBatch:
 
 def step(trainer: PolicyTrainer, setup: Setup, samples: Sequence[Sample]) -> StepStats:
     batch = mine(setup, samples)
-    return trainer.step(batch.ranks[dist.get_rank()], batch.num_loss_tokens)
+    return trainer.step(batch.ranks[dist.get_rank()], batch.num_loss_tokens, iteration=1)
 
 
 def exported(model: ShardedModel) -> Weights:

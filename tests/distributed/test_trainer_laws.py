@@ -24,9 +24,9 @@ VARIANTS: dict[str, tuple[int, dict[str, object]]] = {
     "a bin for each sample": (1, {"max_tokens": 1}),
     "micro-batches of three": (2, {"packing": False, "micro_batch_size": 3}),
     "meta initialisation": (2, {"meta_init": True}),
-    "no gradient checkpointing": (2, {"gradient_checkpointing": False}),
+    "no gradient checkpointing": (2, {"checkpointing": "off"}),
     "gathered anew for every use": (2, {"whole_below_bytes": 0, "max_tokens": 64}),
-    "gathered anew, no checkpointing": (2, {"whole_below_bytes": 0, "gradient_checkpointing": False}),
+    "gathered anew, no checkpointing": (2, {"whole_below_bytes": 0, "checkpointing": "off"}),
     "two replicas of one shard": (2, {"fsdp_size": 1, "max_tokens": 64}),
     "two replicas of two shards": (4, {"fsdp_size": 2, "max_tokens": 64, "meta_init": True}),
 }
