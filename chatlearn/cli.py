@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from chatlearn.config.environment import Environment, keep_to_ourselves
 from chatlearn.config.layout import Layout, layout_of
@@ -18,10 +20,11 @@ from chatlearn.config.read import read_config
 from chatlearn.config.resolve import imported, resolve
 from chatlearn.config.summary import inert_line, summary_rows
 from chatlearn.config.text import resolved_text
-from chatlearn.errors import ChatLearnError, ConfigError
+from chatlearn.errors import ChatLearnError, ConfigError, RunError
 
 if TYPE_CHECKING:
     from chatlearn.config.schema import GrpoConfig
+    from chatlearn.replay.comparison import Comparison
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -94,6 +97,24 @@ def convert(
     typer.echo(f"iteration {report.iteration} of {ckpt_dir} is in {report.save_dir} ({size})", err=True)
 
 
+@app.command()
+def replay(
+    capsule: Annotated[Path, typer.Argument(metavar="CAPSULE", help="Such as output/capsules/iteration_000001.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys to override.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="In every way that must give the same numbers.")] = False,
+) -> None:
+    """Compute a recorded training step again, without Ray and without an engine; prints JSON."""
+    from chatlearn.replay import command
+
+    say = partial(typer.echo, err=True)
+    if compare:
+        show_comparison(command.compare(capsule, overrides or (), say))
+        return
+    document = command.replay(capsule, overrides or (), say)
+    if document is not None:  # else another rank says it
+        typer.echo(json.dumps(document, indent=1))
+
+
 def check(config: GrpoConfig, environment: Environment) -> Layout:
     """Everything that can be known before the start; one ConfigError lists all that is wrong."""
     problems = disk_problems(config, environment)
@@ -109,53 +130,13 @@ def check(config: GrpoConfig, environment: Environment) -> Layout:
         raise ConfigError(*problems) from error
     if problems:
         raise ConfigError(*problems)
+    from chatlearn.host_memory import check_host_memory
+    from chatlearn.inspection import check_models, check_names
+
     check_models(config, layout)
     check_names(config)
+    check_host_memory(config, layout)
     return layout
-
-
-def check_models(config: GrpoConfig, layout: Layout) -> None:
-    """Find the family of every model that will be loaded, and let transformers read its configuration."""
-    from chatlearn.models.family import family_of
-    from chatlearn.models.pretrained import read_configuration
-
-    trust_remote_code = config.models.policy_trainer.trust_remote_code
-    for role, plan in (("policy_trainer", layout.trainer), ("ref_policy", layout.reference)):
-        if plan is None:
-            continue
-        family = family_of(Path(plan.load))
-        if plan.groupgemm and family.experts is None:
-            raise ConfigError(
-                f"models.{role}.groupgemm=True is for mixtures of experts, and {plan.load} is a "
-                f"{family.architecture}; use False"
-            )
-        read_configuration(f"models.{role}.load", Path(plan.load), trust_remote_code=trust_remote_code)
-
-
-def check_names(config: GrpoConfig) -> None:
-    """Find every extension point that the configuration names."""
-    from chatlearn.algorithm.advantage import ADVANTAGES
-    from chatlearn.algorithm.loss import POLICY_LOSSES
-    from chatlearn.reward.grade import REWARDS
-    from chatlearn.rollout.engine import ENGINES
-
-    runtime, models = config.runtime_args, config.models
-    asked: tuple[tuple[Mapping[str, object], str | None, str], ...] = (
-        (ADVANTAGES, runtime.advantage, "runtime_args.advantage"),
-        (ENGINES, runtime.rollout_backend, "runtime_args.rollout_backend"),
-        (POLICY_LOSSES, models.policy_trainer.loss, "models.policy_trainer.loss"),
-        (REWARDS, models.reward.function, "models.reward.function"),
-    )
-    for table, name, key in asked:
-        if name is None:
-            continue
-        try:
-            resolve(table, name, key)
-        except SystemExit as end:  # A script without a guard; its status, often 0, would pass for that of a run.
-            raise ConfigError(
-                f"{key}={name}: its module ends the process when it is imported (status {end.code}); "
-                "guard that with if __name__ == '__main__'"
-            ) from end
 
 
 def rehearse(config: GrpoConfig, layout: Layout) -> None:
@@ -171,9 +152,28 @@ def show_plan(config: GrpoConfig, layout: Layout) -> None:
     """The configuration on standard output, ready to be a file again; the numbers on standard error."""
     typer.echo(resolved_text(config), nl=False)
     table = Table("what", "how", title="Plan (nothing was started)", title_justify="left")
-    for what, how in summary_rows(layout):
+    from chatlearn.host_memory import host_memory_rows
+
+    for what, how in (*summary_rows(layout), *host_memory_rows(config, layout)):
         table.add_row(what, how)
     Console(stderr=True).print(table)
+
+
+def show_comparison(comparison: Comparison) -> None:
+    """The document on standard output, a table on standard error; raises ``RunError`` where something disagrees."""
+    typer.echo(json.dumps(comparison.document(), indent=1))
+    worst = Column("worst parameter", overflow="fold")
+    table = Table("variant", "loss", "gradient", worst, "", title="Difference from the base, relative")
+    for row in (*comparison.variants, *comparison.precision):
+        found = row.difference
+        verdict = "ok" if row.passed else f"more than {row.tolerance:.0e}"
+        table.add_row(row.name, f"{found.loss_rel:.1e}", f"{found.grad_rel:.1e}", found.worst, verdict)
+    for entry in comparison.left_out:
+        table.add_row(entry.name, "", "", "", f"left out: {entry.reason}")
+    Console(stderr=True).print(table)
+    failures = comparison.failures()
+    if failures:
+        raise RunError("\n".join(failures))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,12 +6,15 @@ set up child processes without loading it.
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     import torch
 
@@ -38,14 +41,14 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 )
 
 
-def backend_of(kind: DeviceKind) -> Literal["gloo", "nccl"]:
-    """The collective library that connects devices of this kind."""
-    return "nccl" if kind == "cuda" else "gloo"
+def backend_of(kind: DeviceKind) -> Literal["gloo", "cpu:gloo,cuda:nccl"]:
+    """The collective libraries of a process group: devices of this kind, and tensors that stay on the host."""
+    return "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
 
 
 def kind_of(backend: str) -> DeviceKind:
-    """The kind of device that a collective library connects."""
-    return "cuda" if backend == "nccl" else "cpu"
+    """The kind of device that collective libraries connect."""
+    return "cuda" if "nccl" in backend else "cpu"
 
 
 def compute_dtype(kind: DeviceKind) -> DtypeName:
@@ -82,6 +85,30 @@ def empty_cache(kind: DeviceKind) -> None:
         torch.cuda.empty_cache()
 
 
+def pinned_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Host memory for a copy of ``tensor``, without values; page-locked where that makes the copy asynchronous."""
+    import torch
+
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
+
+
+@contextmanager
+def side_by_side_copies(kind: DeviceKind) -> Generator[None]:
+    """Copies issued inside run on a stream of their own, after all earlier work; they are done when the block ends."""
+    if kind == "cpu":
+        yield
+        return
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        stream.synchronize()
+
+
 def peak_memory_gb(kind: DeviceKind) -> float:
     """The most memory that this process ever used, in GB: of the device what torch took, or else of the host."""
     if kind == "cuda":
@@ -90,6 +117,28 @@ def peak_memory_gb(kind: DeviceKind) -> float:
         return torch.cuda.max_memory_allocated() / BYTES_PER_GB
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / BYTES_PER_GB
+
+
+def available_host_bytes(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Host memory that processes may still take: what is free or can be freed, within the limit of the container."""
+    if not meminfo.is_file():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = _numbers(meminfo)["MemAvailable:"] * 1024
+    limit, used, parts = group / "memory.max", group / "memory.current", group / "memory.stat"
+    if (
+        not (limit.is_file() and used.is_file() and parts.is_file())
+        or limit.read_text(encoding="ascii").strip() == "max"
+    ):
+        return free
+    # The cache of files counts as used and is given up when memory is asked for.
+    taken = int(used.read_text(encoding="ascii")) - _numbers(parts)["inactive_file"]
+    return min(free, max(0, int(limit.read_text(encoding="ascii")) - taken))
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The number behind the first word of each line."""
+    lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}
 
 
 def peak_flops(kind: DeviceKind) -> float | None:

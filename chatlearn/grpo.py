@@ -6,11 +6,14 @@ carries the version it was sampled from; version 0 is the model one started with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
+from math import isfinite
 
 import numpy as np
 
 from chatlearn.algorithm.advantage import AdvantageFn
+from chatlearn.checkpoint.capsule import CapsuleFacts, Reason
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.interruption import Interrupted, Interruption
 from chatlearn.config.environment import Environment
@@ -19,8 +22,18 @@ from chatlearn.config.schema import GrpoConfig
 from chatlearn.observability.describe import describe_evaluation, describe_rollouts
 from chatlearn.observability.journal import Journal, Page
 from chatlearn.questions import read_questions
-from chatlearn.records import Completion, Graded, Prompt, Sample
-from chatlearn.saving import announce, beginning, is_due, is_save_due, open_journal, resume, save
+from chatlearn.records import Completion, Graded, Prompt, Sample, StepStats
+from chatlearn.saving import (
+    announce,
+    begin_capsule,
+    beginning,
+    finish_capsule,
+    is_due,
+    is_save_due,
+    open_journal,
+    resume,
+    save,
+)
 from chatlearn.team import Team, gather
 from chatlearn.weights.wire import TransferStats
 
@@ -91,7 +104,7 @@ def live(team: Team, page: Page, state: RunState, episode: int) -> RunState:
             with page.phase("old_logprobs"):
                 samples = team.trainer.annotate(samples)
         for number, batch in enumerate(team.batches(samples, episode), start=1):
-            page.add_step(team.trainer.step(batch, state.train_iteration + number))
+            page.add_step(learn(team, page, batch, episode, state.train_iteration + number))
             page.progress(number, team.layout.steps_per_episode)
     page.add_capacity(team.trainer.capacity())
 
@@ -108,6 +121,25 @@ def live(team: Team, page: Page, state: RunState, episode: int) -> RunState:
         deferred=position.deferred,
         metrics_bytes=state.metrics_bytes,
     )
+
+
+def learn(team: Team, page: Page, batch: Sequence[Sample], episode: int, iteration: int) -> StepStats:
+    """One optimizer step. What it consumed is kept where that is asked for, and always when the step went wrong."""
+    is_asked_for = is_due(iteration, team.args.capsule_interval)
+    if is_asked_for:
+        begin_capsule(team, page, iteration)
+    stats = team.trainer.step(batch, iteration)
+    went_wrong = not isfinite(stats.grad_norm)
+    if went_wrong:
+        page.say(f"step {iteration} was skipped on all ranks: the norm of its gradient is {stats.grad_norm}")
+        if not is_asked_for:  # No rank has moved: the weights are still those that the step began with.
+            begin_capsule(team, page, iteration)
+    if is_asked_for or went_wrong:
+        reason: Reason = "bad step" if went_wrong else "interval"
+        finish_capsule(
+            team, page, batch, CapsuleFacts(iteration, episode, reason, team.layout.trainer.num_ranks, stats)
+        )
+    return stats
 
 
 def compare(group: Graded, advantage: AdvantageFn) -> list[Sample]:
@@ -133,6 +165,7 @@ def to_sample(prompt: Prompt, completion: Completion, advantage: float | None) -
         loss_mask=np.repeat([False, advantage is not None], [num_prompt, num_completion]),
         rollout_logprobs=np.concatenate([silence, completion.logprobs]),
         advantages=np.concatenate([silence, np.full(num_completion, advantage or 0.0, np.float32)]),
+        routed_experts=completion.routed_experts,
     )
 
 

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from chatlearn import device
 from chatlearn.algorithm.loss import POLICY_LOSSES, ClipRange
-from chatlearn.batch.plan import BatchLayout
+from chatlearn.batch.plan import BatchLayout, attention_crossover_tokens
+from chatlearn.checkpoint.architecture import parameter_shapes
+from chatlearn.config.checks import total_iterations
 from chatlearn.config.layout import Layout, PackingRule, ShardedPlan
 from chatlearn.config.resolve import resolve
 from chatlearn.config.schema import GrpoConfig
+from chatlearn.models.family import family_of
+from chatlearn.models.lora import LoraSpec
+from chatlearn.models.pretrained import read_configuration
+from chatlearn.models.work import attention_width, parameters_met
 from chatlearn.trainer.build import ModelSpec
 from chatlearn.trainer.objective import Objective
 from chatlearn.trainer.optimizer import OptimizerSpec
 from chatlearn.trainer.parallel import ParallelPlan
+from chatlearn.trainer.recompute import Checkpointing
+from chatlearn.trainer.schedule import Schedule
+
+# What may be written for ``gradient_checkpointing``, and what it is called here.
+CHECKPOINTING: Final[dict[bool | str, Checkpointing]] = {True: "full", False: "off", "selective": "selective"}
 
 
 def model_spec(config: GrpoConfig, layout: Layout, plan: ShardedPlan) -> ModelSpec:
@@ -23,27 +35,51 @@ def model_spec(config: GrpoConfig, layout: Layout, plan: ShardedPlan) -> ModelSp
         path=Path(plan.load),
         compute_dtype=device.compute_dtype(layout.device_kind),
         temperature=config.models.policy.temperature,
-        checkpointing="full" if trainer.gradient_checkpointing else "off",
+        checkpointing=CHECKPOINTING[trainer.gradient_checkpointing],
         grouped_experts=plan.groupgemm,
         meta_init=plan.meta_init,
+        on_host=plan.keeps_on_host,
+        lora=lora_spec(config) if plan.takes_adapter else None,
+        router_replay=trainer.router_replay not in (False, "compare"),
         trust_remote_code=trainer.trust_remote_code,
     )
 
 
 def parallel_plan(plan: ShardedPlan) -> ParallelPlan:
-    """One copy of the model in shards over all ranks."""
-    return ParallelPlan(num_ranks=plan.num_ranks, fsdp_size=plan.num_ranks)
+    """How the ranks share weights and sequences."""
+    return ParallelPlan(plan.num_ranks, plan.fsdp_size, plan.sequence_parallel_size)
 
 
-def batch_layout(rule: PackingRule) -> BatchLayout:
-    """How batches of one model are cut."""
-    return BatchLayout(rule.num_data_ranks, rule.packing, rule.max_tokens, rule.micro_batch_size)
+def batch_layout(rule: PackingRule, model_dir: Path) -> BatchLayout:
+    """How batches of the model in ``model_dir`` are cut; it decides from which length on attention is what costs."""
+    described = read_configuration("model", model_dir, trust_remote_code=False)
+    crossover = attention_crossover_tokens(
+        parameters_met(parameter_shapes(model_dir), family_of(model_dir), described),
+        described.num_hidden_layers,
+        attention_width(described),
+    )
+    return BatchLayout(rule.num_data_ranks, rule.packing, rule.max_tokens, rule.micro_batch_size, crossover)
 
 
 def optimizer_spec(config: GrpoConfig) -> OptimizerSpec:
-    """AdamW as asked for."""
+    """AdamW as asked for, with a schedule over all steps of the run."""
     asked = config.models.policy_trainer.optimizer
-    return OptimizerSpec(asked.lr, asked.weight_decay, asked.adam_beta1, asked.adam_beta2, asked.clip_grad)
+    return OptimizerSpec(
+        lr=asked.lr,
+        weight_decay=asked.weight_decay,
+        beta1=asked.adam_beta1,
+        beta2=asked.adam_beta2,
+        clip_grad=asked.clip_grad,
+        decay_norms_and_biases=asked.decay_norms_and_biases,
+        state_dtype=asked.state_dtype,
+        schedule=Schedule(asked.schedule, asked.warmup_iterations, asked.min_lr, total_iterations(config)),
+    )
+
+
+def lora_spec(config: GrpoConfig) -> LoraSpec | None:
+    """The adapter to train; ``None`` where all weights are trained."""
+    asked = config.models.policy_trainer.lora
+    return LoraSpec(asked.rank, asked.alpha, asked.target_modules) if asked.rank > 0 else None
 
 
 def objective(config: GrpoConfig) -> Objective:

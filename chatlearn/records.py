@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 IntStream = NDArray[np.int32]
 FloatStream = NDArray[np.float32]
 BoolStream = NDArray[np.bool_]
+# [F, layers, choices per token]: numbers of experts, in the smallest type that holds them all.
+ExpertStream = NDArray[np.uint8 | np.int16]
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -49,6 +51,10 @@ class Completion:
 
     ``versions`` covers every token in order: ``sum(run.num_tokens) == len(token_ids)``. A completion that ended with
     an end-of-sequence token includes that token.
+
+    ``routed_experts`` tells, where the engine was asked for it, to which experts each layer sent the first F tokens of
+    prompt **and** answer when they went in; layers are all decoder layers, and what stands for a dense one means
+    nothing. F is usually P + C - 1, because the last token of an answer never goes in.
     """
 
     token_ids: IntStream  # [C]
@@ -56,6 +62,7 @@ class Completion:
     text: str
     finish_reason: FinishReason
     versions: tuple[VersionRun, ...]
+    routed_experts: ExpertStream | None = None  # [F, L, K]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +100,8 @@ class Sample:
 
     ``loss_mask`` is True on tokens to train, which are the completion's. The other streams are zero on the prompt.
     ``old_logprobs`` are the trainer's own before the first step of the episode; ``None`` when the step computes them
-    itself. ``ref_logprobs`` are the frozen reference model's; ``None`` without one.
+    itself. ``ref_logprobs`` are the frozen reference model's; ``None`` without one. ``routed_experts`` are the
+    completion's, for the first F of the T tokens.
     """
 
     prompt_uid: str
@@ -103,6 +111,7 @@ class Sample:
     advantages: FloatStream  # [T]
     old_logprobs: FloatStream | None = None  # [T]
     ref_logprobs: FloatStream | None = None  # [T]
+    routed_experts: ExpertStream | None = None  # [F, L, K]
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,9 @@ class StepStats:
     """What one optimizer step reports; every mean is over the loss tokens of the whole batch, on all ranks.
 
     ``rollout_logprob_diff_*`` compare the engine's log-probabilities with the trainer's on the same tokens;
-    ``rollout_kl`` is the k3 estimate of KL(rollout || trainer) in nats per token.
+    ``rollout_kl`` is the k3 estimate of KL(rollout || trainer) in nats per token. ``router_agreement`` is the share of
+    the engine's choices of an expert that the trainer's routers, with the current weights, make too; ``None`` where
+    the engine told no choices.
     """
 
     loss: float
@@ -125,3 +136,4 @@ class StepStats:
     rollout_logprob_diff_mean: float
     rollout_logprob_diff_max: float
     rollout_kl: float
+    router_agreement: float | None = None

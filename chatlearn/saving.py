@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+from chatlearn.checkpoint import capsule
+from chatlearn.checkpoint.adapters import AdapterRecord, require_same_adapter
 from chatlearn.checkpoint.durable import write_text
 from chatlearn.checkpoint.layout import (
     HUGGING_FACE_FOLDER,
@@ -20,15 +22,17 @@ from chatlearn.checkpoint.layout import (
     publish,
     recover,
 )
-from chatlearn.checkpoint.manifest import Manifest
+from chatlearn.checkpoint.manifest import Manifest, read_manifest
 from chatlearn.checkpoint.run_state import RunState, load_run_state, save_run_state
 from chatlearn.config.layout import Layout
 from chatlearn.config.schema import GrpoConfig, RuntimeArgs
 from chatlearn.config.text import resolved_text
 from chatlearn.errors import ConfigError
 from chatlearn.models.family import family_of
-from chatlearn.observability.journal import Journal
+from chatlearn.observability.journal import Journal, Page
 from chatlearn.observability.manifest import RunFacts, write_manifest
+from chatlearn.recipe import lora_spec
+from chatlearn.records import Sample
 from chatlearn.specs import journal_spec
 from chatlearn.team import Team
 
@@ -44,7 +48,8 @@ def beginning(config: GrpoConfig, layout: Layout) -> RunState:
 def state_found(config: GrpoConfig, layout: Layout) -> RunState:
     """The state in the newest complete checkpoint, or a fresh one; only reads, so that a dry run disturbs nobody.
 
-    Raises ``ConfigError`` when resuming is switched off and the output directory holds checkpoints of another run.
+    Raises ``ConfigError`` when resuming is switched off and the output directory holds checkpoints of another run, and
+    ``CheckpointError`` when what was trained there is not what is to be trained now.
     """
     newest = latest_complete(layout.folders.save_model)
     if newest is None:
@@ -55,6 +60,8 @@ def state_found(config: GrpoConfig, layout: Layout) -> RunState:
             "earlier run, and runtime_args.enable_resume_training=False; choose another output_dir, "
             "or let the run continue"
         )
+    manifest, base = read_manifest(newest), Path(layout.trainer.load)
+    require_same_adapter(newest, manifest.adapter, AdapterRecord.of(lora_spec(config), base), manifest.base_model)
     return load_run_state(newest)
 
 
@@ -119,11 +126,30 @@ def save(team: Team, state: RunState, journal: Journal) -> None:
         groupgemm=team.layout.trainer.groupgemm,
         num_ranks=team.layout.trainer.num_ranks,
         files=files,
+        adapter=AdapterRecord.of(team.lora, base),
     )
     publish(root, manifest)
     save_run_state(team.layout.folders.data_checkpoint, state)
     prune(root, team.args.keep_checkpoints)
     journal.write(state.episode, {"time/save": time.perf_counter() - begun})
+
+
+def begin_capsule(team: Team, page: Page, iteration: int) -> None:
+    """Begin to keep what a step consumes: the weights, which must be those that the step begins with."""
+    with page.phase("capsule"):
+        staging = capsule.begin_capsule(_capsules(team), iteration)
+        team.trainer.save_capsule(Path(team.layout.trainer.load), staging)
+
+
+def finish_capsule(team: Team, page: Page, samples: Sequence[Sample], facts: capsule.CapsuleFacts) -> None:
+    """Add the rest, and tell how it can be run again."""
+    with page.phase("capsule"):
+        folder = capsule.publish_capsule(_capsules(team), facts, samples, team.config_text)
+    page.say(f"what step {facts.iteration} consumed is kept; run it again with: chatlearn replay {folder}")
+
+
+def _capsules(team: Team) -> Path:
+    return team.layout.folders.output / capsule.CAPSULES_FOLDER
 
 
 def is_save_due(args: RuntimeArgs, episode: int) -> bool:

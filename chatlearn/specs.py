@@ -54,7 +54,8 @@ def engine_spec(config: GrpoConfig, layout: Layout, cores: tuple[int, ...]) -> E
         wire=_wire(config, layout),
         cpu_cores=cores,
         trust_remote_code=config.models.policy_trainer.trust_remote_code,
-        sleep_enabled=_takes_turns(layout) and layout.policy.offload_weights,
+        return_routed_experts=config.models.policy_trainer.router_replay is not False,
+        sleep_enabled=takes_turns(layout) and layout.policy.offload_weights,
     )
 
 
@@ -144,13 +145,14 @@ def blueprint(config: GrpoConfig, layout: Layout, *, one_host: bool) -> Blueprin
             sharded=_sharded(config, layout, layout.trainer, "policy_trainer", one_host=one_host),
             optimizer=optimizer_spec(config),
             objective=objective(config),
-            steps=batch_layout(layout.training),
+            steps=batch_layout(layout.training, Path(layout.trainer.load)),
         ),
         reference=None
         if layout.reference is None
         else _sharded(config, layout, layout.reference, "ref_policy", one_host=one_host),
+        base_is_reference=layout.base_is_reference,
         graders=_graders(config, layout),
-        takes_turns=_takes_turns(layout),
+        takes_turns=takes_turns(layout),
         device_kind=layout.device_kind,
     )
 
@@ -181,17 +183,17 @@ def _sharded(config: GrpoConfig, layout: Layout, sharded: ShardedPlan, role: str
     ) | (LOOPBACK_ENVIRONMENT if one_host else {})
     alone = tuple((slot,) for slot in slots)
     plan = RolePlan(alone, sharded.num_ranks, share, 0, sharded.cores_per_process, (environment,) * sharded.num_ranks)
-    moves = _takes_turns(layout)
+    moves = takes_turns(layout)
     return ModelBlueprint(
         plan=plan,
         model=model_spec(config, layout, sharded),
         parallel=parallel_plan(sharded),
-        scores=batch_layout(sharded.scoring),
+        scores=batch_layout(sharded.scoring, Path(sharded.load)),
         luggage=Luggage(moves and sharded.offload_weights, moves and sharded.offload_optimizer_states),
     )
 
 
-def _takes_turns(layout: Layout) -> bool:
+def takes_turns(layout: Layout) -> bool:
     """Whether engines and trainer share accelerators; on the CPU every process keeps its own memory."""
     return layout.device_kind == "cuda" and layout.colocated
 

@@ -17,9 +17,12 @@ from chatlearn.config.environment import Environment
 from chatlearn.config.layout import Layout
 from chatlearn.config.resolve import resolve
 from chatlearn.config.schema import GrpoConfig, RuntimeArgs
+from chatlearn.config.text import resolved_text
 from chatlearn.data.stream import PromptStream, StreamPosition
+from chatlearn.models.lora import LoraSpec
 from chatlearn.observability.journal import Journal
 from chatlearn.questions import Questions
+from chatlearn.recipe import lora_spec
 from chatlearn.records import Prompt, Sample
 from chatlearn.reward.gold_check import gold_check
 from chatlearn.reward.grade import gold_prompts
@@ -47,6 +50,8 @@ class Team:
     completions_per_prompt: int
     evaluation_completions: int
     saves_hugging_face: bool
+    config_text: str
+    lora: LoraSpec | None
 
     def seeds(self, episode: int, purpose: SamplingPurpose) -> list[int]:
         """One seed for each engine: training and evaluation never share a random stream."""
@@ -105,4 +110,6 @@ def gather(
             completions_per_prompt=policy.num_inference_per_prompt,
             evaluation_completions=config.runtime_args.eval_samples_per_prompt,
             saves_hugging_face=config.models.policy_trainer.save_hf,
+            config_text=resolved_text(config),
+            lora=lora_spec(config),
         )

@@ -18,13 +18,14 @@ from torch import Tensor
 from chatlearn.batch.plan import BatchLayout, plan
 from chatlearn.records import FloatStream, Sample
 
-# A stream of a sample by prediction: T or T - 1 numbers, or None where the sample has no such stream.
+# A stream of a sample, at most T entries of any one shape: T - 1 numbers by prediction, or what is known of each token
+# that goes in; None where the sample has no such stream.
 ReadStream = Callable[[Sample], NDArray[Any] | None]
 
 
 @dataclass(frozen=True)
 class Column:
-    """How one stream of a micro-batch is read from a sample: ``fill`` stands where a sequence has no next token."""
+    """How one stream of a micro-batch is read from a sample: ``fill`` stands at positions the sample does not reach."""
 
     dtype: torch.dtype
     fill: float
@@ -51,6 +52,9 @@ class MicroBatch:
     ``labels`` is the next token of the same sequence. At the last position of a sequence ``loss_mask`` is False, the
     label is 0 and the numbers are 0. ``samples`` tells which of the packed samples each sequence is; it is empty for
     a filler, which is one token without loss and is there so that all ranks have the same number of micro-batches.
+
+    ``routed_experts`` belongs to what goes in, as ``token_ids`` and ``position_ids`` do, and is not shifted: entry *i*
+    names the experts of the token at position *i*, and is -1 where the engine told none.
     """
 
     token_ids: Tensor = stream(torch.int64, fill=0, read=lambda s: s.token_ids)  # [T]
@@ -61,6 +65,7 @@ class MicroBatch:
     rollout_logprobs: Tensor = stream(torch.float32, fill=0.0, read=lambda s: s.rollout_logprobs[1:])  # [T]
     old_logprobs: Tensor | None = stream(torch.float32, fill=0.0, read=lambda s: after_first(s.old_logprobs))  # [T]
     ref_logprobs: Tensor | None = stream(torch.float32, fill=0.0, read=lambda s: after_first(s.ref_logprobs))  # [T]
+    routed_experts: Tensor | None = stream(torch.int16, fill=-1, read=lambda s: s.routed_experts)  # [T, L, K]
     lengths: tuple[int, ...]
     samples: tuple[int, ...]
 
@@ -131,17 +136,19 @@ def micro_batch(samples: Sequence[Sample], members: Sequence[int]) -> MicroBatch
 
 
 def concatenate(column: Column, samples: Sequence[Sample], lengths: Sequence[int]) -> Tensor | None:
-    """One column of a micro-batch, [T]; ``None`` where no sample has it."""
+    """One column of a micro-batch, [T] or [T, ...] as its entries are; ``None`` where no sample has it."""
     parts = [column.read(sample) for sample in samples]
     present = [part for part in parts if part is not None]
     if not present:
         return None
     assert len(present) == len(parts), "either all samples of a batch have a stream or none has it"
-    whole = torch.full((sum(lengths),), column.fill, dtype=column.dtype)
+    whole = torch.full((sum(lengths), *present[0].shape[1:]), column.fill, dtype=column.dtype)
     target = whole.numpy()
     start = 0
     for part, length in zip(present, lengths, strict=True):
-        assert length - 1 <= len(part) <= length, f"a stream of {len(part)} numbers for {length} tokens"
+        # Only what an engine tells of the tokens that went in may end early; a number is there for every guess.
+        fewest = length - 1 if part.ndim == 1 else 0
+        assert fewest <= len(part) <= length, f"a stream of {len(part)} entries for {length} tokens"
         target[start : start + len(part)] = part
         start += length
     return whole
@@ -158,4 +165,5 @@ def filler_like(sample: Sample) -> Sample:
         advantages=zero,
         old_logprobs=None if sample.old_logprobs is None else zero,
         ref_logprobs=None if sample.ref_logprobs is None else zero,
+        routed_experts=None if sample.routed_experts is None else sample.routed_experts[:0],
     )

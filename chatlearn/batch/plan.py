@@ -14,8 +14,7 @@ from dataclasses import dataclass
 Bin = tuple[int, ...]
 RankPlan = tuple[Bin, ...]
 
-# The length at which causal attention costs as much as all matrix products of a layer: 6 P per token against
-# 6 x layers x width x length. It is 10k for a 0.6B model and 54k for an 8B model; the plan needs the order only.
+# What ``attention_crossover_tokens`` lies at for mid-sized models: 10k for 0.6B, 27k for 4B, 51k for 8B.
 ATTENTION_CROSSOVER_TOKENS = 32_768
 
 # How many full bins the balancing pass looks past before it settles for the plan that is only tight, not balanced.
@@ -28,22 +27,38 @@ class BatchLayout:
     """How a batch is cut: over ``num_data_ranks`` ranks, then into micro-batches.
 
     With ``packing`` a micro-batch holds at most ``max_tokens`` tokens (a longer sample is alone); without it a
-    micro-batch holds at most ``micro_batch_size`` samples, however long.
+    micro-batch holds at most ``micro_batch_size`` samples, however long. ``attention_crossover_tokens`` is the length
+    from which attention is the larger half of a sequence's work; it belongs to the model.
     """
 
     num_data_ranks: int
     packing: bool
     max_tokens: int
     micro_batch_size: int
+    attention_crossover_tokens: int = ATTENTION_CROSSOVER_TOKENS
 
 
-def cost(length: int) -> int:
+def attention_crossover_tokens(num_parameters_active: int, num_layers: int, attention_width: int) -> int:
+    """The length of a sequence at which causal attention costs as much as the products with all weights.
+
+    Forward and backward take ``6 P`` operations per token for the ``P`` weights that multiply a token (of a mixture
+    those of the experts it is sent to; not a looked-up embedding, but the head). Attention of ``T`` tokens, each of
+    which sees ``T / 2`` on average, takes ``6 x layers x width x T`` per token, where the width is heads times the
+    size of a head. They are equal at ``T = P / (layers x width)``.
+
+    >>> attention_crossover_tokens(596_000_000, num_layers=28, attention_width=2048)
+    10393
+    """
+    return max(1, num_parameters_active // (num_layers * attention_width))
+
+
+def cost(length: int, crossover_tokens: int) -> int:
     """Work for a sequence of ``length`` tokens, in arbitrary units: linear in tokens plus quadratic attention.
 
-    >>> cost(32_768) == 2 * 32_768 * 32_768
+    >>> cost(10_000, crossover_tokens=10_000) == 2 * 10_000 * 10_000
     True
     """
-    return length * (ATTENTION_CROSSOVER_TOKENS + length)
+    return length * (crossover_tokens + length)
 
 
 def oversized(lengths: Sequence[int], layout: BatchLayout) -> tuple[int, ...]:
@@ -57,16 +72,19 @@ def plan(lengths: Sequence[int], layout: BatchLayout) -> tuple[RankPlan, ...]:
     """Give every sample a place: one tuple of bins per rank, the same number of bins on each.
 
     Laws: every index occurs once; no bin exceeds the cap, except a longer sample alone; work is balanced over ranks
-    and over the bins of a rank. A bin is empty only where a rank has fewer samples than bins; ``pack`` turns it into
-    a filler. Every rank's costliest bin comes first, so that ranks, which wait for each other at every micro-batch,
-    meet with bins of similar cost.
+    and over the bins of a rank. A bin is empty only where there are fewer samples than bins of all ranks; ``pack``
+    turns it into a filler. Every rank's costliest bin comes first, so that ranks, which wait for each other at every
+    micro-batch, meet with bins of similar cost.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    costs = [cost(length) for length in lengths]
+    costs = [cost(length, layout.attention_crossover_tokens) for length in lengths]
     if layout.packing:
         shares = spread_by_cost(order, costs, layout.num_data_ranks, max_per_rank=len(order))
         tight = [best_fit_decreasing(share, lengths, layout.max_tokens) for share in shares]
         num_bins = max(len(bins) for bins in tight)
+        if give_to_the_poor(shares, lengths, num_bins):
+            # Nobody needs more bins now: givers lost what was placed last, takers have no more samples than bins.
+            tight = [best_fit_decreasing(share, lengths, layout.max_tokens) for share in shares]
         ranks = [
             balanced_bins(share, lengths, costs, num_bins, layout.max_tokens) or split_costliest(bins, costs, num_bins)
             for share, bins in zip(shares, tight, strict=True)
@@ -75,6 +93,7 @@ def plan(lengths: Sequence[int], layout: BatchLayout) -> tuple[RankPlan, ...]:
         max_per_rank = -(-len(order) // layout.num_data_ranks)
         num_bins = -(-max_per_rank // layout.micro_batch_size)
         shares = spread_by_cost(order, costs, layout.num_data_ranks, max_per_rank)
+        give_to_the_poor(shares, lengths, num_bins)
         ranks = [spread_by_cost(share, costs, num_bins, layout.micro_batch_size) for share in shares]
     return tuple(in_order_of_cost(bins, costs, num_bins) for bins in ranks)
 
@@ -91,6 +110,19 @@ def spread_by_cost(order: Sequence[int], costs: Sequence[int], num_shares: int, 
         else:
             heapq.heappop(loads)
     return shares
+
+
+def give_to_the_poor(shares: Sequence[list[int]], lengths: Sequence[int], num_bins: int) -> bool:
+    """Move shortest samples from the largest shares to those with fewer samples than bins; whether any was moved.
+
+    A share of few, long samples would leave bins empty. Shares are in order of length, longest first, and stay so.
+    """
+    moved = False
+    for share in shares:
+        while len(share) < num_bins < len(richest := max(shares, key=len)):
+            insort(share, richest.pop(), key=lambda index: (-lengths[index], index))
+            moved = True
+    return moved
 
 
 def best_fit_decreasing(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -159,7 +191,7 @@ def split_costliest(bins: Sequence[list[int]], costs: Sequence[int], num_bins: i
 
 def bin_cost(members: Sequence[int], costs: Sequence[int]) -> int:
     """Work for one micro-batch: its sequences do not attend to each other, so their costs add."""
-    return sum(costs[index] for index in members)
+    return sum(map(costs.__getitem__, members))
 
 
 def in_order_of_cost(bins: Sequence[Sequence[int]], costs: Sequence[int], num_bins: int) -> RankPlan:

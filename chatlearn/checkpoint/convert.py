@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from chatlearn.checkpoint.adapters import AdapterRecord, base_digest
 from chatlearn.checkpoint.architecture import Shapes, parameter_shapes
 from chatlearn.checkpoint.documents import read_document, text
 from chatlearn.checkpoint.hugging_face import DTYPES, StoredDtype, write_hugging_face
@@ -17,7 +19,9 @@ from chatlearn.checkpoint.manifest import Manifest, verify_checksums, verify_siz
 from chatlearn.checkpoint.saved_tensors import SavedTensors
 from chatlearn.errors import CheckpointError, ConfigError
 from chatlearn.models.family import family_of
+from chatlearn.models.lora import Factors, merged
 from chatlearn.models.naming import ModelFamily
+from chatlearn.models.stored_weights import StoredWeights
 
 RUN_MANIFEST_NAME = "manifest.json"
 
@@ -52,7 +56,8 @@ def convert(
 ) -> ConversionReport:
     """Convert ``ckpt_dir/iteration`` into ``save_dir``; arguments are those of the documented command.
 
-    ``hf_dir`` is the base model; where it does not exist, the one that the run's manifest names is used and noted.
+    ``hf_dir`` is the base model; where it does not exist, the one that the run's manifest names is used and noted. An
+    adapter is merged into its weights.
     Raises ``ConfigError`` for arguments that do not fit and ``CheckpointError`` for a checkpoint that is missing,
     incomplete or damaged. ``save_dir`` keeps what it holds until the new model is complete.
     """
@@ -64,8 +69,13 @@ def convert(
     verify_checksums(folder, [record for record in manifest.files if record.name.startswith(f"{MODEL_FOLDER}/")])
     shapes = parameter_shapes(base_dir)
     tensors = SavedTensors(folder / MODEL_FOLDER)
-    _require_shapes(folder, tensors.shapes, shapes)
-    stream = _stored(tensors, shapes, family, dtype, progress)
+    if manifest.adapter is None:
+        _require_shapes(folder, tensors.shapes, shapes)
+        stream = _stored(tensors, shapes, family, dtype, progress)
+    else:
+        _require_base(base_dir, manifest, manifest.adapter)
+        _require_shapes(folder, tensors.shapes, _factor_shapes(folder, tensors.shapes, shapes, manifest.adapter))
+        stream = _merged(tensors, shapes, family, dtype, progress, manifest.adapter, base_dir)
     written = write_hugging_face(stream, base_dir, save_dir, dtype)
     return ConversionReport(
         written.directory, base_dir, iteration, written.num_tensors, written.num_bytes, written.files, notes
@@ -139,3 +149,44 @@ def _stored(
         yield from family.export(name, tensors.read(name, DTYPES[dtype]))
         done += prod(shape)
         progress(done, total)
+
+
+def _require_base(base_dir: Path, manifest: Manifest, adapter: AdapterRecord) -> None:
+    if base_digest(base_dir) != adapter.base_digest:
+        raise ConfigError(
+            f"--hf_dir {base_dir}: its weights are not those that the adapter in the checkpoint was trained on (they "
+            f"were in {manifest.base_model}); give that model"
+        )
+
+
+def _factor_shapes(folder: Path, found: Shapes, weights: Shapes, adapter: AdapterRecord) -> Shapes:
+    """What the factors of every adapted weight must be; raises when the checkpoint holds anything else."""
+    wanted: Shapes = {}
+    for name, shape in weights.items():
+        factors = Factors.of(name)
+        if factors.a in found:
+            wanted |= {factors.a: (adapter.lora.rank, shape[1]), factors.b: (shape[0], adapter.lora.rank)}
+    strangers = sorted(found.keys() - wanted.keys())
+    if strangers:
+        raise CheckpointError(f"{folder}: '{strangers[0]}' belongs to no weight of the base model")
+    return wanted
+
+
+def _merged(
+    tensors: SavedTensors, shapes: Shapes, family: ModelFamily, dtype: StoredDtype, progress: Progress,
+    adapter: AdapterRecord, base_dir: Path,
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+    """The base's weights, one stored tensor at a time, each with its part of the adapter."""
+    total = sum(prod(shape) for shape in shapes.values())
+    done = 0
+    with StoredWeights(base_dir) as base:
+        for name, shape in shapes.items():
+            factors = Factors.of(name)
+            if factors.a in tensors.shapes:
+                a, b = tensors.read(factors.a, torch.float32), tensors.read(factors.b, torch.float32)
+                yield name, merged(base.whole(name), a, b, adapter.lora).to(DTYPES[dtype])
+            else:
+                for piece in family.pieces(name, shape):
+                    yield piece.name, base.whole(piece.name).to(DTYPES[dtype])
+            done += prod(shape)
+            progress(done, total)

@@ -49,12 +49,36 @@ def text(document: Document, key: str, path: Path) -> str:
     return value
 
 
+def texts(document: Document, key: str, path: Path) -> tuple[str, ...]:
+    """A list of strings."""
+    values = document.get(key)
+    if not isinstance(values, list):
+        raise CheckpointError(f"{path}: '{key}' is {values!r}; expected a list of texts")
+    return tuple(text({key: value}, key, path) for value in cast("list[object]", values))
+
+
+def number(document: Document, key: str, path: Path) -> float:
+    """A number that measures something."""
+    value = document.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise CheckpointError(f"{path}: '{key}' is {value!r}; expected a number")
+    return float(value)
+
+
 def flag(document: Document, key: str, path: Path) -> bool:
     """True or false."""
     value = document.get(key)
     if not isinstance(value, bool):
         raise CheckpointError(f"{path}: '{key}' is {value!r}; expected true or false")
     return value
+
+
+def inner(document: Document, key: str, path: Path) -> Document:
+    """A JSON object inside another."""
+    value = document.get(key)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: '{key}' is {value!r}; expected an object")
+    return cast("Document", value)  # JSON's keys are always text
 
 
 def objects(document: Document, key: str, path: Path) -> list[Document]:

@@ -53,19 +53,23 @@ def write_hugging_face(
     save_dir: Path,
     dtype: StoredDtype = "bfloat16",
     max_file_bytes: int = MAX_FILE_BYTES,
+    *,
+    require_finite: bool = True,
 ) -> WrittenModel:
     """Write a stream of (Hugging Face name, whole tensor) as a model like ``base_dir``, published in one rename.
 
     Needs memory for one output file. Every tensor that ``base_dir``'s configuration asks for must come exactly once,
     in its shape, with finite numbers; a head that is tied is left out. Raises ``CheckpointError`` otherwise and
-    ``ConfigError`` when ``save_dir`` holds something that is not an earlier conversion.
+    ``ConfigError`` when ``save_dir`` holds something that is not an earlier conversion. ``require_finite=False`` is for
+    keeping what is broken, to look into it later.
     """
     save_dir = save_dir.resolve()
     _require_replaceable(save_dir)
     expected = stored_shapes(base_dir)
     with failures_named(save_dir):
         staging = open_staging(save_dir)
-        files = _write_files(_checked(tensors, expected, DTYPES[dtype]), staging, max_file_bytes)
+        arriving = _checked(tensors, expected, DTYPES[dtype], require_finite=require_finite)
+        files = _write_files(arriving, staging, max_file_bytes)
         _require_all(files, expected)
         weights = _number_files(staging, files)
         num_bytes = sum((staging / name).stat().st_size for name in weights)
@@ -103,7 +107,7 @@ def _require_replaceable(save_dir: Path) -> None:
 
 
 def _checked(
-    tensors: Iterable[tuple[str, Tensor]], expected: Shapes, dtype: torch.dtype
+    tensors: Iterable[tuple[str, Tensor]], expected: Shapes, dtype: torch.dtype, *, require_finite: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """The stream on the host in its final dtype, as long as every tensor is one we wait for."""
     waiting = dict(expected)
@@ -115,7 +119,7 @@ def _checked(
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"'{name}' has shape {tuple(tensor.shape)}; the base model's is {shape}")
         final = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-        if not all(bool(block.isfinite().all()) for block in final.view(-1).split(FINITE_BLOCK)):
+        if require_finite and not all(bool(block.isfinite().all()) for block in final.view(-1).split(FINITE_BLOCK)):
             raise CheckpointError(f"'{name}' holds numbers that are not finite; this checkpoint cannot be used")
         yield name, final
 

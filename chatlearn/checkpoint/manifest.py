@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
+from chatlearn.checkpoint.adapters import AdapterRecord, read_adapter
 from chatlearn.checkpoint.documents import flag, integer, objects, read_document, require_schema, text
 from chatlearn.checkpoint.durable import checksum, write_text
 from chatlearn.errors import CheckpointError
@@ -32,7 +33,8 @@ class Manifest:
     """The facts about one checkpoint.
 
     ``base_model`` is the model directory that training started from, ``architecture`` the class name in its
-    ``config.json``, ``groupgemm`` whether experts ran as grouped matrix products, ``num_ranks`` the saving ranks.
+    ``config.json``, ``groupgemm`` whether experts ran as grouped matrix products, ``num_ranks`` the saving ranks,
+    ``adapter`` what was trained where it was not the model itself.
     """
 
     iteration: int
@@ -42,6 +44,7 @@ class Manifest:
     groupgemm: bool
     num_ranks: int
     files: tuple[FileRecord, ...] = ()
+    adapter: AdapterRecord | None = None
 
 
 def record_file(directory: Path, name: str) -> FileRecord:
@@ -79,6 +82,7 @@ def read_manifest(directory: Path, name: str = MANIFEST_NAME) -> Manifest:
         groupgemm=flag(document, "groupgemm", path),
         num_ranks=integer(document, "num_ranks", path),
         files=files,
+        adapter=read_adapter(document, path),
     )
 
 

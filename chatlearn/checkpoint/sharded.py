@@ -1,7 +1,8 @@
 """Save and load what every rank holds: its part of the model and the optimizer, and its random states.
 
 Both functions are collectives. They take transformers' module (names as it has them in memory) and its optimizer, both
-sharded or not; a checkpoint of any number of ranks loads into any other number.
+sharded or not; a checkpoint of any number of ranks loads into any other number. What is frozen is not saved: it is in
+the model directory that training started from.
 
 Of the optimizer its state is kept: moments and step counts. Learning rate, betas and weight decay are not state but the
 user's wishes, so they are neither saved nor loaded: after a resume those hold that the optimizer was built with.
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -29,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from chatlearn.checkpoint.adapters import AdapterRecord, require_same_adapter, require_same_layers
 from chatlearn.checkpoint.durable import failures_named
 from chatlearn.checkpoint.guarded_reader import METADATA_NAME, GuardedPlanner, GuardedReader, load_plain
 from chatlearn.checkpoint.layout import MODEL_FOLDER, OPTIMIZER_FOLDER, RANDOM_FOLDER
@@ -37,6 +40,8 @@ from chatlearn.errors import CheckpointError
 
 # torch's name for the moments in an optimizer's state dict; what lies beside it are the hyperparameters.
 STATE = "state"
+
+TRAINED = StateDictOptions(ignore_frozen_params=True)
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,10 @@ def save_shards(directory: Path, module: nn.Module, optimizer: torch.optim.Optim
     Collective. Raises ``CheckpointError`` on every rank when one of them cannot write.
     """
     rank, _ = _place()
-    _write(get_model_state_dict(module), directory / MODEL_FOLDER)
-    _write({STATE: get_optimizer_state_dict(module, optimizer)[STATE]}, directory / OPTIMIZER_FOLDER)
-    random_file = directory / RANDOM_FOLDER / f"rank_{rank}.pt"
-    with failures_named(random_file.parent):
-        random_file.parent.mkdir(exist_ok=True)
-        torch.save(_random_states(module), random_file)
+    _write(get_model_state_dict(module, options=TRAINED), directory / MODEL_FOLDER)
+    moments = get_optimizer_state_dict(module, optimizer, options=TRAINED)
+    _write({STATE: moments[STATE]}, directory / OPTIMIZER_FOLDER)
+    random_file = save_random_states(directory, module)
     shards = [
         *directory.glob(f"*/__{rank}_*.distcp"),
         random_file,
@@ -68,23 +71,46 @@ def save_shards(directory: Path, module: nn.Module, optimizer: torch.optim.Optim
     return tuple(record_file(directory, path.relative_to(directory).as_posix()) for path in sorted(shards))
 
 
-def load_shards(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Restored:
+def load_shards(
+    directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, adapter: AdapterRecord | None = None
+) -> Restored:
     """Load a published checkpoint into ``module`` and ``optimizer``, after checking every byte of its shards.
 
-    Collective. Raises ``CheckpointError`` on every rank, before anything was changed, when the folder is incomplete
-    or damaged, and also when its tensors do not fit the module.
+    ``adapter`` describes what is trained where it is not the whole module. Collective. Raises ``CheckpointError`` on
+    every rank, before anything was changed, when the folder is incomplete or damaged, when its adapter is another one
+    or on another base, and also when its tensors do not fit the module.
     """
-    num_ranks_saved, random_states = _open_together(directory)
-    weights = get_model_state_dict(module)
+    weights = get_model_state_dict(module, options=TRAINED)
+    num_ranks_saved, random_states = _open_together(directory, adapter, set(weights))
     _read(weights, directory / MODEL_FOLDER)
-    moments = get_optimizer_state_dict(module, optimizer)
+    moments = get_optimizer_state_dict(module, optimizer, options=TRAINED)
     _read({STATE: moments[STATE]}, directory / OPTIMIZER_FOLDER)
-    set_model_state_dict(module, weights)
-    set_optimizer_state_dict(module, optimizer, moments)
+    set_model_state_dict(module, weights, options=StateDictOptions(strict=adapter is None))  # names are compared above
+    set_optimizer_state_dict(module, optimizer, moments, options=TRAINED)
     if random_states is None:
         return Restored(num_ranks_saved, random_states=False)
     _set_random_states(random_states, module)
     return Restored(num_ranks_saved, random_states=True)
+
+
+def save_random_states(directory: Path, module: nn.Module) -> Path:
+    """Write the state of every random generator of this rank below ``directory``; returns the file.
+
+    Weights-only: it consists of tensors and plain numbers. ``module`` tells which kind of device computes.
+    """
+    rank, _ = _place()
+    file = directory / RANDOM_FOLDER / f"rank_{rank}.pt"
+    with failures_named(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(_random_states(module), file)
+    return file
+
+
+def load_random_states(directory: Path, module: nn.Module) -> None:
+    """Let this rank's generators go on from what ``save_random_states`` wrote below ``directory``."""
+    rank, _ = _place()
+    file = directory / RANDOM_FOLDER / f"rank_{rank}.pt"
+    _set_random_states(load_plain(file, str(file)), module)
 
 
 def _place() -> tuple[int, int]:
@@ -117,16 +143,23 @@ def _cause(error: CheckpointException | OSError) -> str:
     return str(error)
 
 
-def _open_together(directory: Path) -> tuple[int, dict[str, Any] | None]:
+def _open_together(
+    directory: Path, adapter: AdapterRecord | None, names: set[str]
+) -> tuple[int, dict[str, Any] | None]:
     """Check the whole folder, each rank a share of the bytes; the number of ranks that saved, and this rank's random
     states if that is the number of today.
 
+    ``names`` are those of the tensors that an adapter's checkpoint must hold.
     A fault that one rank finds is raised by all of them, so that none waits for the others.
     """
     rank, num_ranks = _place()
     fault, num_ranks_saved, random_states = "", 0, None
     try:
         manifest = verify_sizes(directory)
+        require_same_adapter(directory, manifest.adapter, adapter, manifest.base_model)
+        if adapter is not None:
+            saved = GuardedReader(directory / MODEL_FOLDER).read_metadata().state_dict_metadata
+            require_same_layers(directory, set(saved), names)
         verify_checksums(directory, manifest.files[rank::num_ranks])
         num_ranks_saved = manifest.num_ranks
         if num_ranks_saved == num_ranks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chatlearn import device
 from chatlearn.batch.plan import BatchLayout
@@ -81,11 +81,15 @@ class GraderBlueprint:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """All roles of a run. ``takes_turns``: engines and trainer share accelerators."""
+    """All roles of a run. ``takes_turns``: engines and trainer share accelerators.
+
+    Where ``base_is_reference``, the trainer's own base scores as the reference, and there is no model of that role.
+    """
 
     policy: EngineBlueprint
     trainer: TrainerBlueprint
     reference: ModelBlueprint | None
+    base_is_reference: bool
     graders: GraderBlueprint
     takes_turns: bool
     device_kind: DeviceKind
@@ -129,7 +133,7 @@ def open_crew(cluster: Cluster, blueprint: Blueprint) -> Crew:
     trainer = TrainerGroup(trainers, learning.steps, learning.sharded.scores, learning.sharded.luggage)
     meeting = trainers.first("wire_meeting", _num_engine_ranks(blueprint.policy))
     trainers.map("connect", blueprint.policy.wire, engines.members, meeting)
-    reference = _reference_group(references, blueprint)
+    reference = _reference_group(references, trainer, blueprint)
     trainer.send_home()
     if reference is not None:
         reference.send_home()
@@ -178,10 +182,12 @@ def _open_reference(references: Group, blueprint: Blueprint) -> list[Ticket]:
     return references.start("open", [values] * len(references.members))
 
 
-def _reference_group(references: Sequence[Group], blueprint: Blueprint) -> ReferenceGroup | None:
+def _reference_group(references: Sequence[Group], trainer: TrainerGroup, blueprint: Blueprint) -> ReferenceGroup | None:
+    if blueprint.base_is_reference:
+        return ReferenceGroup(trainer.group, trainer.scores, replace(trainer.luggage, optimizer=False), "base_logprobs")
     if blueprint.reference is None:
         return None
-    return ReferenceGroup(references[0], blueprint.reference.scores, blueprint.reference.luggage)
+    return ReferenceGroup(references[0], blueprint.reference.scores, blueprint.reference.luggage, "logprobs")
 
 
 def _meeting(group: Group, blueprint: Blueprint) -> Rendezvous:

@@ -16,13 +16,12 @@ from chatlearn.cluster.fanout import Group
 from chatlearn.cluster.workers import Luggage
 from chatlearn.errors import RunError
 from chatlearn.observability.describe import Capacity
-from chatlearn.records import Graded, Prompt, Rollout, Sample, StepStats
+from chatlearn.records import FloatStream, Graded, Prompt, Rollout, Sample, StepStats
 from chatlearn.rollout.dispatch import assemble, plan_dispatch
 from chatlearn.rollout.engine import Finished, SamplingPlan, WakePart
 from chatlearn.weights.wire import TransferStats
 
 Progress = Callable[[int, int], None]  # done, of how many
-LogprobColumn = Literal["old_logprobs", "ref_logprobs"]
 
 
 class PolicyGroup:
@@ -86,7 +85,8 @@ class TrainerGroup:
 
     def annotate(self, samples: Sequence[Sample]) -> list[Sample]:
         """Copies of the samples with ``old_logprobs`` from the current weights."""
-        return annotate(self.group, samples, self.scores, "old_logprobs")
+        streams = score(self.group, samples, self.scores, "logprobs")
+        return [replace(sample, old_logprobs=stream) for sample, stream in zip(samples, streams, strict=True)]
 
     def num_oversized(self, samples: Sequence[Sample]) -> int:
         """How many samples are longer than a micro-batch should be; each gets one of its own."""
@@ -105,6 +105,10 @@ class TrainerGroup:
         """Every rank takes over its part of a published checkpoint."""
         restored: Restored = self.group.map("load", checkpoint)[0]
         return restored
+
+    def save_capsule(self, base_dir: Path, staging: Path) -> None:
+        """Every rank puts into a capsule what it alone has."""
+        self.group.map("save_capsule", base_dir, staging)
 
     def save_hugging_face(self, base_dir: Path, save_dir: Path) -> None:
         """Gather and write the weights as a Hugging Face directory."""
@@ -138,16 +142,23 @@ class TrainerGroup:
 
 
 class ReferenceGroup:
-    """The ranks of the frozen reference model."""
+    """The ranks of the frozen reference model.
 
-    def __init__(self, group: Group, scores: BatchLayout, luggage: Luggage) -> None:
+    ``scoring`` is what they are asked for: a trainer of an adapter is a reference too, with the adapter off.
+    """
+
+    def __init__(
+        self, group: Group, scores: BatchLayout, luggage: Luggage, scoring: Literal["logprobs", "base_logprobs"]
+    ) -> None:
         self.group = group
         self.scores = scores
         self.luggage = luggage
+        self.scoring = scoring
 
     def annotate(self, samples: Sequence[Sample]) -> list[Sample]:
         """Copies of the samples with ``ref_logprobs``."""
-        return annotate(self.group, samples, self.scores, "ref_logprobs")
+        streams = score(self.group, samples, self.scores, self.scoring)
+        return [replace(sample, ref_logprobs=stream) for sample, stream in zip(samples, streams, strict=True)]
 
     def send_home(self) -> None:
         """Leave the device to others, where they need it."""
@@ -180,14 +191,11 @@ class RewardGroup:
         return [line for lines in self.group.each("grade_gold", shares) for line in lines]
 
 
-def annotate(group: Group, samples: Sequence[Sample], layout: BatchLayout, column: LogprobColumn) -> list[Sample]:
-    """Score the samples with the group's model and return copies that carry the result in ``column``."""
+def score(group: Group, samples: Sequence[Sample], layout: BatchLayout, verb: str) -> list[FloatStream]:
+    """Ask the group's model for the log-probabilities of every sample's tokens, one stream by token for each."""
     batch = pack(samples, layout)
-    values = group.each("logprobs", [(micro_batches,) for micro_batches in _for_every_rank(batch, group)])
-    streams = unpack(batch, values)
-    if column == "old_logprobs":
-        return [replace(sample, old_logprobs=stream) for sample, stream in zip(samples, streams, strict=True)]
-    return [replace(sample, ref_logprobs=stream) for sample, stream in zip(samples, streams, strict=True)]
+    values = group.each(verb, [(micro_batches,) for micro_batches in _for_every_rank(batch, group)])
+    return unpack(batch, values[:: len(values) // len(batch.ranks)])  # Ranks that share a sequence answer alike.
 
 
 def _for_every_rank(batch: TrainBatch, group: Group) -> list[object]:

@@ -123,6 +123,10 @@ class TrainerWorker:
         """Score this rank's share of a batch with the current weights."""
         return self._model.logprobs(micro_batches)
 
+    def base_logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Score it with the model that the adapter was put on."""
+        return self._model.base_logprobs(micro_batches)
+
     def save(self, staging: Path) -> tuple[FileRecord, ...]:
         """Write this rank's shards and say which files they are."""
         from chatlearn.checkpoint.sharded import save_shards
@@ -131,9 +135,24 @@ class TrainerWorker:
 
     def load(self, checkpoint: Path) -> Restored:
         """Take over the state of a published checkpoint, whatever number of ranks wrote it."""
+        from chatlearn.checkpoint.adapters import AdapterRecord
         from chatlearn.checkpoint.sharded import load_shards
 
-        return load_shards(checkpoint, self._model.module, self._trainer.optimizer)
+        adapter = AdapterRecord.of(self._model.spec.lora, self._model.spec.path)
+        return load_shards(checkpoint, self._model.module, self._trainer.optimizer, adapter)
+
+    def save_capsule(self, base_dir: Path, staging: Path) -> None:
+        """Put the weights, which rank 0 writes, and this rank's random states into a capsule."""
+        from chatlearn.checkpoint.capsule import walk, write_weights
+        from chatlearn.checkpoint.sharded import save_random_states
+        from chatlearn.trainer.adapter import adapter_weights
+
+        save_random_states(staging, self._model.module)
+        base, adapter = self._model.export_base(as_dtype="float32"), adapter_weights(self._model.module)
+        if self._seat.rank == 0:
+            write_weights(staging, base, adapter, base_dir)
+        else:
+            walk(base, adapter)
 
     def save_hugging_face(self, base_dir: Path, save_dir: Path) -> None:
         """Gather the weights (every rank takes part) and write them as a Hugging Face directory on rank 0."""

@@ -15,6 +15,8 @@ def cross_problems(config: GrpoConfig) -> list[str]:
     return [
         *_batch_problems(config),
         *_engine_problems(config),
+        *_sharding_problems(config),
+        *_optimizer_problems(config),
         *_evaluation_problems(config),
         *_colocation_problems(config),
     ]
@@ -48,6 +50,48 @@ def _engine_problems(config: GrpoConfig) -> list[str]:
             f"use at most {reward.num_cpu}"
         )
     return problems
+
+
+def _sharding_problems(config: GrpoConfig) -> list[str]:
+    trainer, reference = config.models.policy_trainer, config.models.ref_policy
+    reference_ranks = reference.num_gpu or trainer.num_gpu
+    asked = (
+        ("policy_trainer", "fsdp_size", trainer.fsdp_size, trainer.num_gpu),
+        ("policy_trainer", "ulysses_sequence_parallel_size", trainer.ulysses_sequence_parallel_size, trainer.num_gpu),
+        ("ref_policy", "fsdp_size", reference.fsdp_size, reference_ranks),
+        ("ref_policy", "ulysses_sequence_parallel_size", reference.ulysses_sequence_parallel_size, reference_ranks),
+    )
+    return [
+        f"models.{role}.{name}={size} must divide num_gpu={num_ranks}; use {choices(num_ranks, size)}"
+        for role, name, size, num_ranks in asked
+        if size is not None and num_ranks % size != 0
+    ]
+
+
+def _optimizer_problems(config: GrpoConfig) -> list[str]:
+    optimizer, key = config.models.policy_trainer.optimizer, "models.policy_trainer.optimizer"
+    num_steps = total_iterations(config)
+    problems: list[str] = []
+    if optimizer.min_lr > 0 and optimizer.schedule == "constant":
+        problems.append(
+            f"{key}.min_lr={optimizer.min_lr} has no effect with {key}.schedule=constant; choose linear or cosine, "
+            "or leave min_lr out"
+        )
+    elif optimizer.min_lr > optimizer.lr:
+        problems.append(f"{key}.min_lr={optimizer.min_lr} must not be above {key}.lr={optimizer.lr}")
+    if optimizer.warmup_iterations > num_steps:
+        problems.append(
+            f"{key}.warmup_iterations={optimizer.warmup_iterations} is more than the {num_steps} optimizer steps of "
+            "the run (runtime_args.num_episode times the steps of an episode); the learning rate would never arrive"
+        )
+    return problems
+
+
+def total_iterations(config: GrpoConfig) -> int:
+    """Optimizer steps of the whole run."""
+    runtime = config.runtime_args
+    steps_per_episode = runtime.sample_per_episode // runtime.train_global_batch_size * runtime.num_training_epoch
+    return runtime.num_episode * steps_per_episode
 
 
 def _evaluation_problems(config: GrpoConfig) -> list[str]:

@@ -51,6 +51,54 @@ class Environment:
         )
 
 
+@dataclass(frozen=True)
+class Launcher:
+    """This process among those that ``torchrun`` started together; alone where it was started without.
+
+    ``meeting`` is where they find each other, as torch's ``init_method``; None for a process alone.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    num_ranks: int = 1
+    meeting: str | None = None
+
+    @classmethod
+    def read(cls) -> Launcher:
+        """Read what torchrun sets. Without LOCAL_RANK there is no torchrun: WORLD_SIZE and RANK then count nodes."""
+        local_rank = _number("LOCAL_RANK", least=0)
+        if local_rank is None:
+            return cls()
+        rank, num_ranks = _required("RANK", least=0), _required("WORLD_SIZE", least=1)
+        port = _required("MASTER_PORT", least=1)
+        if rank >= num_ranks:
+            raise ConfigError(f"the environment variable RANK={rank} must be below WORLD_SIZE={num_ranks}")
+        return cls(rank, local_rank, num_ranks, f"tcp://{os.environ.get('MASTER_ADDR') or 'localhost'}:{port}")
+
+
+def _required(name: str, least: int) -> int:
+    number = _number(name, least)
+    if number is None:
+        raise ConfigError(
+            f"the environment variable LOCAL_RANK is set and {name} is not; use torchrun, which sets both, or unset it"
+        )
+    return number
+
+
+def show_one_gpu(local_rank: int) -> None:
+    """Let this process see only the device that is its own among those the launcher shows to all of its node."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(number) for number in range(visible_gpus())] if shown is None else shown.split(",")
+    if local_rank >= len(names):
+        raise ConfigError(f"local rank {local_rank} has no GPU: this node shows {len(names)}; start fewer ranks")
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[local_rank].strip()
+
+
+def stay_on_loopback() -> None:
+    """Let the ranks of one machine talk over its loopback interface; Gloo would take the first network it finds."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
 def _number(name: str, least: int) -> int | None:
     text = os.environ.get(name, "")
     if not text:

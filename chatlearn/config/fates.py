@@ -48,6 +48,7 @@ _RUNTIME: Final = (
         "train_micro_batch_size",
         "train_global_batch_size",
         "save_episode_interval",
+        "capsule_interval",
         "keep_checkpoints",
         "enable_resume_training",
         "data_shuffle",
@@ -71,7 +72,6 @@ _RUNTIME: Final = (
     refused(f"{RUNTIME}.over_sampling_ratio", (None, 1), "belongs to schedules that are " + _NOT_YET),
     refused(f"{RUNTIME}.numerics_gate", ("off", False), f"the gate is {_NOT_YET}; numerics/* is written"),
     refused(f"{RUNTIME}.progress_timeout_s", (None, 0), f"the progress watchdog is {_NOT_YET}"),
-    refused(f"{RUNTIME}.capsule_interval", (0,), f"capsules are {_NOT_YET}"),
     refused(f"{RUNTIME}.resume_anyway", (False,), f"resuming with another configuration is {_NOT_YET}"),
     refused(f"{RUNTIME}.keep_best", (False, None, 0), f"keeping the best checkpoint is {_NOT_YET}"),
     refused(
@@ -159,6 +159,8 @@ _TRAINER: Final = (
     *honoured(
         TRAINER,
         "num_gpu",
+        "fsdp_size",
+        "ulysses_sequence_parallel_size",
         "load",
         "trust_remote_code",
         "loss",
@@ -169,6 +171,7 @@ _TRAINER: Final = (
         "groupgemm",
         "use_expandable_segments",
         "gradient_checkpointing",
+        "router_replay",
         "pos_clip_ratio",
         "neg_clip_ratio",
         "diff_clip_ratio",
@@ -177,9 +180,22 @@ _TRAINER: Final = (
         "kl_coef",
         "save_hf",
     ),
-    *honoured(f"{TRAINER}.optimizer", "lr", "weight_decay", "adam_beta1", "adam_beta2", "clip_grad"),
+    *honoured(
+        f"{TRAINER}.optimizer",
+        "lr",
+        "schedule",
+        "warmup_iterations",
+        "min_lr",
+        "weight_decay",
+        "decay_norms_and_biases",
+        "adam_beta1",
+        "adam_beta2",
+        "clip_grad",
+        "state_dtype",
+        "keep_on_host",
+    ),
+    *honoured(f"{TRAINER}.lora", "rank", "alpha", "target_modules"),
     *honoured(f"{TRAINER}.free_gpu_memory", "offload_weights", "offload_optimizer_states"),
-    alias(f"{TRAINER}.fsdp_size", of=f"{TRAINER}.num_gpu"),
     alias(f"{TRAINER}.train_micro_batch_size", of=f"{RUNTIME}.train_micro_batch_size"),
     Fate(
         f"{TRAINER}.use_group_sequence_policy",
@@ -189,13 +205,7 @@ _TRAINER: Final = (
         meanings={True: "gspo", False: None},
     ),
     refused(f"{TRAINER}.trainable", (True,), "the policy trainer is what trains"),
-    refused(f"{TRAINER}.ulysses_sequence_parallel_size", (1,), f"sequence parallelism is {_NOT_YET}"),
-    refused(f"{TRAINER}.optimizer.min_lr", (0,), f"learning-rate schedules are {_NOT_YET}"),
-    refused(f"{TRAINER}.optimizer.schedule", ("constant", None), f"learning-rate schedules are {_NOT_YET}"),
-    refused(f"{TRAINER}.optimizer.warmup_iterations", (0,), f"learning-rate schedules are {_NOT_YET}"),
     refused(f"{TRAINER}.rollout_correction", (None, False), f"rollout correction is {_NOT_YET}"),
-    refused(f"{TRAINER}.router_replay", (None, False), f"router replay is {_NOT_YET}"),
-    refused(f"{TRAINER}.lora", (None, False), f"LoRA is {_NOT_YET}"),
     *inert(f"{TRAINER}.free_gpu_memory", "gradients never outlive a step", "free_grad_buffers"),
 )
 
@@ -203,6 +213,8 @@ _REFERENCE: Final = (
     *honoured(
         REFERENCE,
         "num_gpu",
+        "fsdp_size",
+        "ulysses_sequence_parallel_size",
         "load",
         "packing",
         "max_token_in_packing",
@@ -212,10 +224,8 @@ _REFERENCE: Final = (
         "use_expandable_segments",
     ),
     *honoured(f"{REFERENCE}.free_gpu_memory", "offload_weights"),
-    alias(f"{REFERENCE}.fsdp_size", of=f"{REFERENCE}.num_gpu"),
     alias(f"{REFERENCE}.trust_remote_code", of=f"{TRAINER}.trust_remote_code"),
     refused(f"{REFERENCE}.trainable", (False,), "the reference model is frozen"),
-    refused(f"{REFERENCE}.ulysses_sequence_parallel_size", (1,), f"sequence parallelism is {_NOT_YET}"),
     *inert(
         f"{REFERENCE}.free_gpu_memory",
         "a frozen model has neither",
@@ -309,7 +319,7 @@ FATES: Final[tuple[Fate, ...]] = (
 FATE_OF: Final[dict[str, Fate]] = {row.key: row for row in FATES}
 
 # Keys below these are refused as a whole; which of them will exist is not settled.
-REFUSED_SECTIONS: Final = (f"{TRAINER}.rollout_correction", f"{TRAINER}.lora")
+REFUSED_SECTIONS: Final = (f"{TRAINER}.rollout_correction",)
 
 
 def fate_of(key: str) -> Fate | None:

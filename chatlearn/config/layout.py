@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -32,16 +33,21 @@ class PackingRule:
 class ShardedPlan:
     """A model that is sharded over ranks: the trainer's or the reference model.
 
-    The ``offload_*`` fields tell what goes to host memory while others use the same GPUs.
+    The ``offload_*`` fields tell what goes to host memory while others use the same GPUs, ``keeps_on_host`` that all
+    of it stays there also during a step. ``takes_adapter`` is True for the model that LoRA trains.
     """
 
     load: str
     num_ranks: int
+    fsdp_size: int
+    sequence_parallel_size: int
     meta_init: bool
     groupgemm: bool
     use_expandable_segments: bool
     offload_weights: bool
     offload_optimizer_states: bool
+    keeps_on_host: bool
+    takes_adapter: bool
     cores_per_process: int
     scoring: PackingRule
 
@@ -75,6 +81,8 @@ class Folders:
 class Layout:
     """The numbers of a run. ``reference`` is None when ``kl_coef`` is 0: what is not asked for is not loaded.
 
+    It is None too where ``base_is_reference``: a LoRA trainer with its adapter off is the model it started from.
+
     ``colocated`` tells that engines and trainer share their devices and take turns. ``groups`` are the sets of GPUs and
     who lives on them; on the CPU every role has its own processes and ``groups`` only says who takes turns.
     """
@@ -90,6 +98,7 @@ class Layout:
     trainer: ShardedPlan
     training: PackingRule
     reference: ShardedPlan | None
+    base_is_reference: bool
     num_graders: int
     colocated: bool
     groups: tuple[DeviceGroup, ...]
@@ -138,6 +147,8 @@ def layout_of(config: GrpoConfig, environment: Environment) -> Layout:
     runtime, policy, trainer = config.runtime_args, config.models.policy, config.models.policy_trainer
     reward = config.models.reward
     micro_batch = runtime.train_micro_batch_size
+    data_ranks = trainer.num_gpu // trainer.ulysses_sequence_parallel_size
+    base_is_reference = _base_is_reference(config)
     return Layout(
         device_kind=kind,
         num_nodes=environment.num_nodes,
@@ -154,8 +165,9 @@ def layout_of(config: GrpoConfig, environment: Environment) -> Layout:
             max_sequence_tokens=policy.max_prompt_tokens_length + policy.max_response_tokens_length,
         ),
         trainer=_trainer(config, kind, environment),
-        training=PackingRule(trainer.num_gpu, trainer.packing, trainer.max_token_in_packing, micro_batch),
-        reference=_reference(config, kind, environment) if trainer.kl_coef > 0 else None,
+        training=PackingRule(data_ranks, trainer.packing, trainer.max_token_in_packing, micro_batch),
+        reference=_reference(config, kind, environment) if trainer.kl_coef > 0 and not base_is_reference else None,
+        base_is_reference=base_is_reference,
         num_graders=reward.num_cpu // reward.cpu_per_process,
         colocated=any({"policy", "policy_trainer"} <= set(group.roles) for group in groups),
         groups=groups,
@@ -173,19 +185,32 @@ def _cores(kind: DeviceKind, num_processes: int, environment: Environment) -> in
     return max(1, environment.cores // max(1, sharers))
 
 
+def _base_is_reference(config: GrpoConfig) -> bool:
+    """Whether the reference is the very model that a LoRA adapter was put on, so that no second copy is needed."""
+    trainer, reference = config.models.policy_trainer, config.models.ref_policy
+    return trainer.kl_coef > 0 and trainer.lora.rank > 0 and _or(reference.load, trainer.load) == trainer.load
+
+
 def _trainer(config: GrpoConfig, kind: DeviceKind, environment: Environment) -> ShardedPlan:
     trainer = config.models.policy_trainer
     return ShardedPlan(
         load=trainer.load,
         num_ranks=trainer.num_gpu,
+        fsdp_size=_or(trainer.fsdp_size, trainer.num_gpu),
+        sequence_parallel_size=trainer.ulysses_sequence_parallel_size,
         meta_init=trainer.meta_init,
         groupgemm=trainer.groupgemm,
         use_expandable_segments=trainer.use_expandable_segments,
         offload_weights=trainer.free_gpu_memory.offload_weights,
         offload_optimizer_states=trainer.free_gpu_memory.offload_optimizer_states,
+        keeps_on_host=trainer.optimizer.keep_on_host,
+        takes_adapter=trainer.lora.rank > 0,
         cores_per_process=_cores(kind, trainer.num_gpu, environment),
         scoring=PackingRule(
-            trainer.num_gpu, trainer.packing, trainer.max_token_in_packing, trainer.generation_batch_size
+            trainer.num_gpu // trainer.ulysses_sequence_parallel_size,
+            trainer.packing,
+            trainer.max_token_in_packing,
+            trainer.generation_batch_size,
         ),
     )
 
@@ -194,17 +219,24 @@ def _reference(config: GrpoConfig, kind: DeviceKind, environment: Environment) -
     """What ``ref_policy`` leaves open is as for the trainer."""
     asked, trainer = config.models.ref_policy, config.models.policy_trainer
     num_ranks = _or(asked.num_gpu, trainer.num_gpu)
+    # With fewer ranks than the trainer, the trainer's size may not fit; it changes no number, so what fits is taken.
+    inherited = gcd(trainer.ulysses_sequence_parallel_size, num_ranks)
+    sequence_parallel_size = _or(asked.ulysses_sequence_parallel_size, inherited)
     return ShardedPlan(
         load=_or(asked.load, trainer.load),
         num_ranks=num_ranks,
+        fsdp_size=_or(asked.fsdp_size, num_ranks),
+        sequence_parallel_size=sequence_parallel_size,
         meta_init=_or(asked.meta_init, trainer.meta_init),
         groupgemm=_or(asked.groupgemm, trainer.groupgemm),
         use_expandable_segments=_or(asked.use_expandable_segments, trainer.use_expandable_segments),
         offload_weights=asked.free_gpu_memory.offload_weights,
         offload_optimizer_states=False,  # It has none.
+        keeps_on_host=False,
+        takes_adapter=False,
         cores_per_process=_cores(kind, num_ranks, environment),
         scoring=PackingRule(
-            num_data_ranks=num_ranks,
+            num_data_ranks=num_ranks // sequence_parallel_size,
             packing=_or(asked.packing, trainer.packing),
             max_tokens=_or(asked.max_token_in_packing, trainer.max_token_in_packing),
             micro_batch_size=_or(asked.generation_batch_size, trainer.generation_batch_size),

@@ -24,6 +24,13 @@ def _groups(value: object) -> object:
     return tuple(tuple(group) if group is not None else (item,) for item, group in zip(value, nested, strict=True))
 
 
+def _tuple(value: object) -> object:
+    """Lists become tuples, because configurations are frozen; one name is a list of one."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
 Text = Annotated[str, BeforeValidator(_number_as_text)]
 Role = Literal["policy", "policy_trainer", "ref_policy", "reward", "partial_rollout_manager", "rollout_manager"]
 Count = Annotated[int, Field(ge=0)]
@@ -102,6 +109,8 @@ class RuntimeArgs(Section):
     """How an answer is compared with its siblings: `grpo`, `dr_grpo`, `rloo` or `package.module:function`."""
     save_episode_interval: Count
     """Save every so many episodes, and at the end; 0 never saves."""
+    capsule_interval: Count = 0
+    """Write a capsule, which `chatlearn replay` runs again, every so many optimizer steps; 0 only of bad steps."""
     keep_checkpoints: Count = 2
     """How many of the newest checkpoints are kept; 0 keeps all."""
     enable_resume_training: bool = True
@@ -198,22 +207,49 @@ class OptimizerArgs(Section):
     """AdamW on fp32 master weights."""
 
     lr: NonNegative = 2e-6
-    """Learning rate."""
+    """Learning rate after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes from `lr` to `min_lr`, which the last optimizer step of the run has."""
+    warmup_iterations: Count = 0
+    """Optimizer steps over which the learning rate rises to `lr`."""
+    min_lr: NonNegative = 0.0
+    """Where the schedules `linear` and `cosine` end."""
     weight_decay: NonNegative = 0.01
-    """Decoupled weight decay, on every parameter."""
+    """Decoupled weight decay."""
+    decay_norms_and_biases: bool = True
+    """Decay one-dimensional parameters (norms, biases) too, as the original does."""
     adam_beta1: BelowOne = 0.9
     """Decay of the mean of gradients."""
     adam_beta2: BelowOne = 0.95
     """Decay of the mean of squared gradients."""
     clip_grad: PositiveNumber = 1.0
     """Gradients are scaled down to this global L2 norm."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of AdamW's two moments; `bfloat16` halves their memory."""
+    keep_on_host: bool = False
+    """Keep master weights, gradients and moments in host memory also during the step. No effect on the CPU."""
+
+
+class LoraArgs(Section):
+    """Low-rank adapters (LoRA): only they are trained; engines and checkpoints for Hugging Face get merged weights."""
+
+    rank: Count = 0
+    """Rank of the adapters; 0 trains all weights."""
+    alpha: PositiveNumber = 32.0
+    """The adapter's product is multiplied by `alpha / rank`."""
+    target_modules: Annotated[tuple[Text, ...], BeforeValidator(_tuple)] = ()
+    """Last names of the linear layers that get one, such as `q_proj`; empty: all of the decoder's."""
 
 
 class TrainerArgs(Section):
     """The policy trainer: FSDP2 over `num_gpu` ranks."""
 
     num_gpu: Positive
-    """Ranks that the model is sharded over (on the CPU: processes)."""
+    """Ranks of the trainer (on the CPU: processes)."""
+    fsdp_size: Positive | None = None
+    """Ranks that the model is sharded over; there are `num_gpu / fsdp_size` replicas. Absent: `num_gpu`."""
+    ulysses_sequence_parallel_size: Positive = 1
+    """Ranks that share each sequence; must divide `num_gpu` and the model's attention heads."""
     load: Text
     """Hugging Face directory of the base model: configuration, safetensors, tokenizer."""
     trust_remote_code: bool = True
@@ -232,8 +268,10 @@ class TrainerArgs(Section):
     """Compute the experts of a mixture-of-experts model with grouped matrix products."""
     use_expandable_segments: bool = False
     """Let CUDA's allocator grow its segments. No effect on the CPU."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass instead of keeping them."""
+    gradient_checkpointing: Literal[True, False, "selective"] = True
+    """Recompute activations in the backward pass instead of keeping them; `selective` keeps those of attention."""
+    router_replay: Literal[True, False, "compare"] = False
+    """Send tokens to the experts that the engine sent them to; `compare` only measures how often they would go."""
     pos_clip_ratio: NonNegative = 0.2
     """The probability ratio is clipped above 1 + this."""
     neg_clip_ratio: NonNegative = 0.2
@@ -249,6 +287,7 @@ class TrainerArgs(Section):
     save_hf: bool = True
     """Write a Hugging Face directory into every checkpoint."""
     optimizer: OptimizerArgs = OptimizerArgs()
+    lora: LoraArgs = LoraArgs()
     free_gpu_memory: TrainerMemory = TrainerMemory()
 
 
@@ -256,7 +295,11 @@ class ReferenceArgs(Section):
     """The frozen model that `kl_coef` keeps the policy near. What is absent is as for the policy trainer."""
 
     num_gpu: Positive | None = None
-    """Ranks that the model is sharded over."""
+    """Ranks of the reference model."""
+    fsdp_size: Positive | None = None
+    """Ranks that the model is sharded over; absent: all of them."""
+    ulysses_sequence_parallel_size: Positive | None = None
+    """Ranks that share each sequence."""
     load: Text | None = None
     """Hugging Face directory of the reference model."""
     packing: bool | None = None

@@ -22,7 +22,7 @@ def summary_rows(layout: Layout) -> list[tuple[str, str]]:
         ("longest sequence", f"{engines.max_sequence_tokens} tokens"),
         ("trainer", _sharded(layout.trainer)),
         ("micro-batches", _packing(layout.training)),
-        ("reference model", "none (kl_coef is 0)" if layout.reference is None else _sharded(layout.reference)),
+        ("reference model", _reference(layout)),
         ("cores per process", f"engine {engines.cores_per_process}, trainer {layout.trainer.cores_per_process}"),
         ("graders", f"{layout.num_graders} processes"),
         ("output", str(layout.folders.output)),
@@ -30,7 +30,15 @@ def summary_rows(layout: Layout) -> list[tuple[str, str]]:
 
 
 def _sharded(plan: ShardedPlan) -> str:
-    return f"{plan.load} over {plan.num_ranks} FSDP ranks"
+    replicas = f", {plan.num_ranks // plan.fsdp_size} replicas" if plan.fsdp_size < plan.num_ranks else ""
+    shared = f", {plan.sequence_parallel_size} ranks to a sequence" if plan.sequence_parallel_size > 1 else ""
+    return f"{plan.load} in {plan.fsdp_size} shards over {plan.num_ranks} ranks{replicas}{shared}"
+
+
+def _reference(layout: Layout) -> str:
+    if layout.base_is_reference:
+        return "the trainer's own base, with the LoRA adapter off"
+    return "none (kl_coef is 0)" if layout.reference is None else _sharded(layout.reference)
 
 
 def _packing(rule: PackingRule) -> str:

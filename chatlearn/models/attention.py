@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from chatlearn.errors import RunError
+from chatlearn.models.ulysses import SequenceGroup, to_slice_of_heads, to_slice_of_tokens
 
 PACKED_ATTENTION = "chatlearn_packed"
 
@@ -31,16 +32,20 @@ VARLEN = partial(varlen_attn, enable_gqa=True) if "enable_gqa" in signature(varl
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
-    """Where the sequences of a row begin and end: their lengths, and ``offsets`` int32 [num_sequences + 1]."""
+    """Where the sequences of a row begin and end: their lengths, and ``offsets`` int32 [num_sequences + 1].
+
+    With a ``sequence`` group the layout is that of the whole row, and each rank of the group has a slice of it.
+    """
 
     lengths: tuple[int, ...]
     offsets: Tensor
+    sequence: SequenceGroup | None = None
 
     @staticmethod
-    def of(lengths: tuple[int, ...], device: torch.device) -> PackedLayout:
-        """The layout of sequences that follow each other without a gap."""
+    def of(lengths: tuple[int, ...], device: torch.device, sequence: SequenceGroup | None = None) -> PackedLayout:
+        """The layout of sequences that follow each other without a gap; T is the sum of their lengths."""
         offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-        return PackedLayout(lengths, offsets)
+        return PackedLayout(lengths, offsets, sequence)
 
 
 def register_packed_attention() -> None:
@@ -60,7 +65,10 @@ def packed_attention(  # noqa: PLR0913 - the signature is transformers'
     sliding_window: int | None = None,
     **_ignored: object,  # dropout, position_ids and what else transformers offers its own back-ends
 ) -> tuple[Tensor, None]:
-    """Attention of each token to itself and the earlier tokens of its own sequence; [1, T, heads, head_dim]."""
+    """Attention of each token to itself and the earlier tokens of its own sequence; [1, T, heads, head_dim].
+
+    Where ranks share the row, T is what this rank has of it, in the arguments as in the result.
+    """
     assert attention_mask is None, "the layout separates sequences; a mask would be ignored"
     longest = max(packed.lengths)
     if sliding_window is not None and longest > sliding_window:
@@ -69,12 +77,20 @@ def packed_attention(  # noqa: PLR0913 - the signature is transformers'
             "training with sliding-window attention is not supported; shorten max_prompt_tokens_length and "
             "max_response_tokens_length"
         )
+    if packed.sequence is None:
+        return _whole_rows(query, key, value, scaling, packed), None
+    streams = to_slice_of_heads(packed.sequence, query, key, value)
+    return to_slice_of_tokens(packed.sequence, _whole_rows(*streams, scaling, packed)), None
+
+
+def _whole_rows(query: Tensor, key: Tensor, value: Tensor, scaling: float, packed: PackedLayout) -> Tensor:
     if query.device.type != "cpu" and query.dtype in VARLEN_DTYPES:
-        return _varlen(query, key, value, scaling, packed, longest), None
-    return _one_by_one(query, key, value, scaling, packed), None
+        return _varlen(query, key, value, scaling, packed)
+    return _one_by_one(query, key, value, scaling, packed)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float, packed: PackedLayout, longest: int) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float, packed: PackedLayout) -> Tensor:
+    longest = max(packed.lengths)
     queries, keys, values = (
         stream.squeeze(0).transpose(0, 1).contiguous() for stream in (query, key, value)
     )  # [T, heads, head_dim]

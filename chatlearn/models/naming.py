@@ -2,13 +2,16 @@
 
 Most parameters are stored under the name they have in memory. Experts are not: transformers keeps all experts of a
 layer in one tensor, checkpoints and engines know one matrix per expert. ``ModelFamily.pieces`` says which stored tensor
-is which block of a parameter, and loading and exporting both follow it, so they cannot disagree.
+is which block of a parameter, and loading and exporting both follow it, so they cannot disagree. The base of an adapted
+layer is stored as if it had no adapter.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from chatlearn.models.lora import without_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,9 +44,12 @@ class ExpertLayout:
     """Where the experts of a mixture are, in memory and stored.
 
     ``gate_up`` ``[E, 2I, H]`` holds the gate's rows above the up projection's, ``down`` is ``[E, H, I]``. The stored
-    names have ``{expert}`` in the place of the expert's number; all are relative to the decoder layer.
+    names have ``{expert}`` in the place of the expert's number; all are relative to the decoder layer. ``router`` is
+    the module that chooses: it answers ``(logits [T, E], weights [T, K], experts [T, K])``, where the weights are
+    the softmax over all experts at the chosen ones.
     """
 
+    router: str
     gate_up: str
     down: str
     stored_gate: str
@@ -82,7 +88,7 @@ class ModelFamily:
                 StoredPiece(layer + self.experts.stored_down.format(expert=expert), expert)
                 for expert in range(shape[0])
             )
-        return (StoredPiece(name),)
+        return (StoredPiece(without_adapter(name)),)
 
     def export(self, name: str, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """The parameter under its stored names, as views."""

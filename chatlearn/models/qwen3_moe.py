@@ -8,6 +8,7 @@ QWEN3_MOE = ModelFamily(
     architecture="Qwen3MoeForCausalLM",
     block_class="Qwen3MoeDecoderLayer",
     experts=ExpertLayout(
+        router="mlp.gate",
         gate_up="mlp.experts.gate_up_proj",
         down="mlp.experts.down_proj",
         stored_gate="mlp.experts.{expert}.gate_proj.weight",

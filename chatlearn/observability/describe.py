@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, isfinite, nan
 from typing import Protocol
 
 import numpy as np
@@ -156,7 +156,8 @@ def pass_chance(num_samples: int, num_correct: int, k: int) -> float:
 def describe_steps(steps: Sequence[StepStats]) -> dict[str, float]:
     """The optimizer steps of an episode as one: means weighted by loss tokens, sums of tokens, the last rate.
 
-    A gradient norm belongs to a step and not to a token, so its mean is over steps.
+    A gradient norm belongs to a step and not to a token, so its mean is over steps, without those that were skipped
+    because theirs was not finite.
     """
     if not steps:
         return {}
@@ -167,22 +168,28 @@ def describe_steps(steps: Sequence[StepStats]) -> dict[str, float]:
         return float(np.dot(weights, np.fromiter(values, dtype=float)))
 
     entropy = mean(step.entropy for step in steps)
-    return {
+    norms = [step.grad_norm for step in steps if isfinite(step.grad_norm)]
+    numbers = {
         "policy_trainer/loss": mean(step.loss for step in steps),
         "policy_trainer/pg_loss": mean(step.pg_loss for step in steps),
         "policy_trainer/kl_loss": mean(step.kl_loss for step in steps),
         "policy_trainer/entropy": entropy,
         "policy_trainer/entropy_loss": entropy,
-        "policy_trainer/grad_norm": float(np.mean([step.grad_norm for step in steps])),
+        "policy_trainer/grad_norm": float(np.mean(norms)) if norms else nan,
         "policy_trainer/clip_fraction": mean(step.clip_fraction for step in steps),
         "policy_trainer/lr": steps[-1].lr,
         "policy_trainer/tokens": float(sum(step.num_tokens for step in steps)),
         "policy_trainer/loss_tokens": float(sum(step.num_loss_tokens for step in steps)),
         "policy_trainer/steps": float(len(steps)),
+        "policy_trainer/skipped_steps": float(len(steps) - len(norms)),
         "numerics/rollout_logprob_diff_mean": mean(step.rollout_logprob_diff_mean for step in steps),
         "numerics/rollout_logprob_diff_max": max(step.rollout_logprob_diff_max for step in steps),
         "numerics/rollout_kl": mean(step.rollout_kl for step in steps),
     }
+    agreements = [step.router_agreement for step in steps if step.router_agreement is not None]
+    if agreements:
+        numbers["numerics/router_agreement"] = float(np.mean(agreements))
+    return numbers
 
 
 def describe_transfer(transfer: Transfer) -> dict[str, float]:

@@ -50,7 +50,8 @@ class Journal:
     @contextmanager
     def page(self, step: int) -> Generator[Page]:
         """The page of an episode; its numbers are written when the block ends well, and not after an error."""
-        page = Page(f"episode {step}/{self._spec.num_episodes}", self._display, self._keeper(step), time.perf_counter)
+        title = f"episode {step}/{self._spec.num_episodes}"
+        page = Page(title, self._display, self._keeper(step), self.say, time.perf_counter)
         yield page
         self.write(step, page.numbers())
 
@@ -105,8 +106,11 @@ class Page:
     ``time/idle``, the time that belongs to none, add up to ``time/episode``. A phase entered again adds to its time.
     """
 
-    def __init__(self, title: str, display: Display, keep: Keeper, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, title: str, display: Display, keep: Keeper, say: Callable[[str], None], clock: Callable[[], float]
+    ) -> None:
         self._keep = keep
+        self._say = say
         self._title = title
         self._display = display
         self._clock = clock
@@ -138,6 +142,10 @@ class Page:
         if self._running:
             _, update = self._running[-1]
             update(done, total)
+
+    def say(self, text: str) -> None:
+        """Tell the person who watches one thing in words, that it happened in this episode."""
+        self._say(f"{self._title}: {text}")
 
     def keep(self, graded: Sequence[Graded], samples: Sequence[Sample]) -> None:
         """Write the episode's answers to ``rollouts/``, where asked for: one sample per completion, in order."""

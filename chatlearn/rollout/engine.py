@@ -30,7 +30,8 @@ class EngineSpec:
     ``max_model_len`` bounds prompt and answer together, in tokens. ``gpu_memory_utilization`` is for GPUs and
     ``kv_cache_bytes`` for the CPU, where a fraction of the free memory would change from start to start. ``replica`` is
     this engine's place among its equals. ``cpu_cores`` are the cores it may use, all tensor-parallel ranks together;
-    empty means those of the process.
+    empty means those of the process. With ``return_routed_experts`` every completion says where its tokens were routed;
+    the model must be a mixture of experts.
     """
 
     model_path: str
@@ -49,6 +50,7 @@ class EngineSpec:
     cpu_cores: tuple[int, ...] = ()
     trust_remote_code: bool = False
     sleep_enabled: bool = False
+    return_routed_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class RolloutEngine(Protocol):
     """Samples answers from weights that can be replaced while it lives.
 
     Law: every request that was submitted comes out of ``completions`` exactly once. The logprobs are those of the
-    distribution that was sampled, that is after temperature, penalties and truncation.
+    distribution that was sampled, that is after temperature, penalties and truncation. The routed experts of a token
+    are those it met when it first went in, also when weights changed afterwards and its keys were computed anew.
     """
 
     def submit(self, requests: Sequence[Request], plan: SamplingPlan) -> None:

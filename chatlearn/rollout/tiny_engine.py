@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,9 @@ import transformers
 from torch import Tensor
 
 from chatlearn.errors import ConfigError, WeightTransferError
-from chatlearn.records import Completion, FinishReason, VersionRun
+from chatlearn.models.family import family_of
+from chatlearn.models.router_replay import RouteRecorder
+from chatlearn.records import Completion, ExpertStream, FinishReason, VersionRun
 from chatlearn.rollout.engine import (
     FIRST_VERSION,
     EngineSpec,
@@ -36,13 +39,17 @@ from chatlearn.weights.wire import BeginUpdate, FinishUpdate, OpenTransfer, Tran
 
 @dataclass(eq=False)
 class Answer:
-    """One answer while it grows: a token, its logprob and the version that gave it, appended together."""
+    """One answer while it grows: a token, its logprob and the version that gave it, appended together.
+
+    ``routes`` are the experts of the tokens that went in, in pieces of [tokens, L, K]; empty where nobody records.
+    """
 
     request: Request
     plan: SamplingPlan
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
     versions: list[int] = field(default_factory=list[int])
+    routes: list[ExpertStream] = field(default_factory=list[ExpertStream])
 
     def tokens_so_far(self) -> list[int]:
         """Prompt and answer."""
@@ -69,6 +76,7 @@ class TransformersEngine:
         self._ledger = ArrivalLedger(expected_tensors(spec.model_path), FIRST_VERSION)
         self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(spec.model_path)
         self._model = load_model(spec)
+        self._recorder = recorder_of(self._model, spec)
         self._end_ids = end_token_ids(self._model, self._tokenizer)
         self._generator = torch.Generator(self._device).manual_seed(spec.seed)
         self._waiting: deque[Answer] = deque()
@@ -128,6 +136,7 @@ class TransformersEngine:
             case FinishUpdate(version):
                 self._ledger.finish(version)
                 self._model = replace_weights(self._model, self._received, self._spec)
+                self._recorder = recorder_of(self._model, self._spec)
                 self._received = {}
                 self._requeue()
 
@@ -145,6 +154,7 @@ class TransformersEngine:
             logits, batch = self._prefill([self._waiting.popleft() for _ in range(room)])
         else:
             logits, batch = self._decode(self._batch)
+        self._keep_routes(batch.answers)
         for answer, row in zip(batch.answers, logits, strict=True):
             self._sample(answer, row, version)
         reasons: list[FinishReason | None] = [self._finish_reason(answer) for answer in batch.answers]
@@ -181,6 +191,14 @@ class TransformersEngine:
         )
         return outputs.logits[:, -1].float(), batch
 
+    def _keep_routes(self, answers: list[Answer]) -> None:
+        """Before a token is sampled: add the routes of the tokens that went in for the first time."""
+        if self._recorder is None:
+            return
+        for answer, routes in zip(answers, self._recorder.latest(len(answers)), strict=True):
+            num_fresh = len(answer.tokens_so_far()) - sum(map(len, answer.routes))
+            answer.routes.append(routes[len(routes) - num_fresh :])
+
     def _sample(self, answer: Answer, logits: Tensor, version: int) -> None:
         prompt = torch.from_numpy(answer.request.prompt_token_ids).to(self._device, torch.int64)
         generated = torch.tensor(answer.token_ids, dtype=torch.int64, device=self._device)
@@ -207,6 +225,7 @@ class TransformersEngine:
             text=self._tokenizer.decode(answer.token_ids, skip_special_tokens=True),
             finish_reason=reason,
             versions=runs,
+            routed_experts=None if self._recorder is None else self._recorder.joined(answer.routes),
         )
         return Finished(answer.request.request_id, completion)
 
@@ -229,6 +248,16 @@ def load_model(spec: EngineSpec) -> Any:
         spec.model_path, dtype=spec.dtype, trust_remote_code=spec.trust_remote_code
     )
     return model.to(spec.device_kind).eval()
+
+
+def recorder_of(model: Any, spec: EngineSpec) -> RouteRecorder | None:
+    """Who writes down where the model's routers send tokens, where that is wanted."""
+    if not spec.return_routed_experts:
+        return None
+    family = family_of(Path(spec.model_path))
+    if family.experts is None:
+        raise ConfigError(f"{spec.model_path}: {family.architecture} has no experts whose routes could be returned")
+    return RouteRecorder(model, family.experts)
 
 
 def replace_weights(model: Any, tensors: dict[str, Tensor], spec: EngineSpec) -> Any:

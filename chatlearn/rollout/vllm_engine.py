@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from chatlearn.errors import MissingExtraError, WeightTransferError
-from chatlearn.records import Completion, FinishReason, VersionRun
+from chatlearn.errors import MissingExtraError, RunError, WeightTransferError
+from chatlearn.records import Completion, ExpertStream, FinishReason, VersionRun
 from chatlearn.rollout.engine import (
     FIRST_VERSION,
     EngineSpec,
@@ -51,7 +51,10 @@ class VllmEngine:
         self._ledger = ArrivalLedger(expected_tensors(spec.model_path), FIRST_VERSION)
         self._engine = start_vllm(spec)
         self._engine.set_weight_version(str(FIRST_VERSION))
-        self._in_flight: set[str] = set()
+        if spec.return_routed_experts and spec.device_kind == "cpu":
+            self._rpc("chatlearn_capture_routes")
+        # What is in flight, and what vLLM calls it inside.
+        self._in_flight: dict[str, str] = {}
         self._aborted: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
 
     def submit(self, requests: Sequence[Request], plan: SamplingPlan) -> None:
@@ -65,8 +68,7 @@ class VllmEngine:
         for request in requests:
             assert request.request_id not in self._in_flight, f"{request.request_id} is already in flight"
             prompt = tokens_input(request.prompt_token_ids.tolist())
-            self._engine.add_request(request.request_id, prompt, params)
-            self._in_flight.add(request.request_id)
+            self._in_flight[request.request_id] = self._engine.add_request(request.request_id, prompt, params)
 
     def completions(self) -> Iterator[Finished]:
         while self._in_flight:
@@ -146,12 +148,31 @@ class VllmEngine:
         self._engine.collective_rpc(method, args=arguments)
 
     def _take(self, output: RequestOutput) -> Finished:
-        self._in_flight.remove(output.request_id)
-        return Finished(output.request_id, self._completion(output))
+        routes = self._routes(self._in_flight.pop(output.request_id), output)
+        return Finished(output.request_id, self._completion(output, routes))
 
-    def _completion(self, output: RequestOutput) -> Completion:
+    def _routes(self, internal_id: str, output: RequestOutput) -> ExpertStream | None:
+        """Where the tokens of a finished request were routed, if that is wanted."""
+        if not self._spec.return_routed_experts:
+            return None
+        if self._spec.device_kind == "cpu":
+            return self._engine.collective_rpc("chatlearn_take_routes", args=(internal_id,))[0]
+        routes = output.outputs[0].routed_experts
+        if routes is None:  # aborted before its first token went in
+            model = self._engine.model_config
+            routes = np.zeros((0, model.get_total_num_hidden_layers(), model.get_num_experts_per_tok()), np.uint8)
+        # vLLM's other type is unsigned; no model has so many experts that this matters.
+        return cast("ExpertStream", routes if routes.dtype == np.uint8 else routes.astype(np.int16))
+
+    def _completion(self, output: RequestOutput, routes: ExpertStream | None) -> Completion:
         answer = output.outputs[0]
         token_ids = list(answer.token_ids)
+        num_passed = len(output.prompt_token_ids or ()) + len(token_ids) - 1
+        if routes is not None and answer.finish_reason != "abort" and len(routes) < num_passed:
+            raise RunError(
+                f"the engine told where {len(routes)} tokens of an answer were routed, of {num_passed} that passed its "
+                "routers; set models.policy_trainer.router_replay=False"
+            )
         # ``flat_logprobs`` with ``logprobs=0``: one number for each token, that of the token itself.
         logprobs = cast("Any", answer.logprobs).logprobs
         spans = answer.weight_versions or []
@@ -161,6 +182,7 @@ class VllmEngine:
             text=self._engine.get_tokenizer().decode(token_ids, skip_special_tokens=True),
             finish_reason=cast("FinishReason", answer.finish_reason),
             versions=tuple(VersionRun(int(span.version), span.end - span.start) for span in spans),
+            routed_experts=routes,
         )
 
 
@@ -218,6 +240,12 @@ def start_vllm(spec: EngineSpec) -> LLMEngine:
         async_scheduling=False,
         generation_config="vllm",
     )
+    if spec.return_routed_experts and on_cpu:
+        # Our own capture sees only what passes the routers, and a compiled model does not call it.
+        arguments.enable_prefix_caching = False
+        arguments.enforce_eager = True
+    elif spec.return_routed_experts:
+        arguments.enable_return_routed_experts = True
     if on_cpu:
         # The fraction-of-memory key refuses to start when other processes have taken memory meanwhile.
         arguments.kv_cache_memory_bytes = spec.kv_cache_bytes

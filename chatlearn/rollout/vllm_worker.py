@@ -7,15 +7,22 @@ Nothing else imports this file, which is why it may name vLLM at the top.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from vllm.distributed.weight_transfer import (  # noqa: TID253
     WeightTransferEngine,
     WeightTransferEngineFactory,
 )
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # noqa: TID253
+from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (  # noqa: TID253
+    bind_routed_experts_capturer,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: TID253
 from vllm.model_executor.model_loader.reload import (  # noqa: TID253
     finalize_layerwise_reload,
@@ -24,6 +31,7 @@ from vllm.model_executor.model_loader.reload import (  # noqa: TID253
 from vllm.utils.torch_utils import set_random_seed  # noqa: TID253
 
 from chatlearn.errors import WeightTransferError
+from chatlearn.models.router_replay import expert_dtype
 from chatlearn.weights.shared_memory import Bucket, read_bucket
 
 BACKEND = "chatlearn_shared_memory"
@@ -103,16 +111,67 @@ def repack_heads(model: torch.nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
+class RouteCapture:
+    """Remembers, for the requests in a worker on the CPU, to which experts their tokens were sent.
+
+    vLLM 0.32 returns routes from its second model runner only, which needs Triton. On the CPU the first one runs, but
+    its routers tell their choice to whoever asks. Prefix caching must be off: what is cached passes no router.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        config = runner.model_config
+        self._shape = (config.get_total_num_hidden_layers(), config.get_num_experts_per_tok())
+        self._dtype = expert_dtype(config.get_num_experts())
+        self._step: NDArray[Any] = np.zeros((0, *self._shape), dtype=self._dtype)  # [tokens of the step, L, K]
+        self._last_layer = self._shape[0]
+        self._pieces: defaultdict[str, list[NDArray[Any]]] = defaultdict(list)
+
+    def capture(self, layer: int, experts: Tensor) -> None:
+        """What one router chose for the tokens [N, K] of the running step; layers come in order, from the first."""
+        if layer <= self._last_layer:
+            self._open_step()
+        self._last_layer = layer
+        self._step[:, layer] = experts[: len(self._step)].numpy()
+
+    def take(self, request: str) -> NDArray[Any]:
+        """The routes of a request's tokens, [F, L, K], which are forgotten with that."""
+        nothing = np.zeros((0, *self._shape), dtype=self._dtype)
+        return np.concatenate([nothing, *self._pieces.pop(request, [])])
+
+    def _open_step(self) -> None:
+        """Give every request its rows of a step whose layers come in one after the other."""
+        batch = self._runner.input_batch
+        ends = self._runner.query_start_loc.np[: batch.num_reqs + 1].tolist()
+        self._step = np.zeros((ends[-1], *self._shape), dtype=self._dtype)
+        for index, request in enumerate(batch.req_ids):
+            pieces = self._pieces[request]
+            # Tokens go in again after an update of the weights; what sampled the answer is what came first.
+            num_again = sum(map(len, pieces)) - int(batch.num_computed_tokens_cpu[index])
+            assert num_again >= 0, f"tokens of {request} passed no router"
+            pieces.append(self._step[ends[index] : ends[index + 1]][num_again:])
+
+
 class WorkerExtension:
     """Methods that vLLM adds to its worker class, called by name over ``collective_rpc``."""
 
-    # The worker that this class is mixed into has it.
+    # The worker that this class is mixed into has them.
     weight_transfer_engine: Any
+    model_runner: Any
     _weight_update_active: bool
 
     def chatlearn_reseed(self, seed: int) -> None:
         """Start the worker's random streams again; every tensor-parallel rank samples from equal ones."""
         set_random_seed(seed)
+
+    def chatlearn_capture_routes(self) -> None:
+        """Begin to remember where tokens are sent."""
+        self._chatlearn_routes = RouteCapture(self.model_runner)
+        bind_routed_experts_capturer(self.model_runner.get_model(), cast("Any", self._chatlearn_routes))
+
+    def chatlearn_take_routes(self, request: str) -> NDArray[Any]:
+        """The routes of a request, by vLLM's own name for it."""
+        return self._chatlearn_routes.take(request)
 
     def chatlearn_abandon_update(self) -> None:
         """Make the worker ready for a new update after one that failed half-way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from chatlearn import device
 from chatlearn.errors import ConfigError
+from chatlearn.models.ulysses import SequenceGroup
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -23,6 +25,8 @@ COLLECTIVE_TIMEOUT = timedelta(hours=1)
 
 SHARD_AXIS = "shard"
 REPLICA_AXIS = "replica"
+DATA_AXIS = "data"
+SEQUENCE_AXIS = "sequence"
 
 
 @dataclass(frozen=True)
@@ -64,17 +68,23 @@ class ParallelPlan:
         """Which part of a batch the rank works on."""
         return rank // self.sequence_parallel_size
 
-    def require_supported(self) -> None:
-        """Raise for a legal plan that the trainer cannot run yet."""
-        if self.sequence_parallel_size > 1:
-            raise ConfigError(
-                f"ulysses_sequence_parallel_size={self.sequence_parallel_size}: sequence parallel training is not "
-                "available in this version; use 1"
-            )
+
+def sequence_parallel_problem(size: int, num_ranks: int, num_attention_heads: int) -> str | None:
+    """What is wrong with sharing each sequence among ``size`` ranks, for a user; ``None`` if it can be done.
+
+    Key heads do not matter: they are repeated where there are too few.
+    """
+    common = gcd(num_ranks, num_attention_heads)
+    if size >= 1 and common % size == 0:
+        return None
+    return (
+        f"ulysses_sequence_parallel_size={size} must be at least 1 and divide both the number of ranks "
+        f"num_gpu={num_ranks} and the model's {num_attention_heads} attention heads; use {_choices(common)}"
+    )
 
 
-def _choices(num_ranks: int) -> str:
-    return " or ".join(str(size) for size in range(1, num_ranks + 1) if num_ranks % size == 0)
+def _choices(number: int) -> str:
+    return " or ".join(str(size) for size in range(1, number + 1) if number % size == 0)
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,18 @@ def device_mesh(plan: ParallelPlan) -> DeviceMesh:
     if plan.num_replicas == 1:
         return init_device_mesh(kind, (plan.fsdp_size,), mesh_dim_names=(SHARD_AXIS,))
     return init_device_mesh(kind, (plan.num_replicas, plan.fsdp_size), mesh_dim_names=(REPLICA_AXIS, SHARD_AXIS))
+
+
+def sequence_group(plan: ParallelPlan) -> SequenceGroup | None:
+    """The ranks that work on the same sequences as this one; ``None`` where each works alone. Collective.
+
+    It has nothing to do with who holds which shard: the mesh for FSDP may cut the ranks in another way.
+    """
+    if plan.sequence_parallel_size == 1:
+        return None
+    shape = (plan.data_size, plan.sequence_parallel_size)
+    mesh = init_device_mesh(group_device_kind(), shape, mesh_dim_names=(DATA_AXIS, SEQUENCE_AXIS))
+    return SequenceGroup(mesh.get_group(SEQUENCE_AXIS), mesh.get_local_rank(SEQUENCE_AXIS), shape[1])
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

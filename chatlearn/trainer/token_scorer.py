@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from chatlearn.models.attention import PackedLayout
+    from chatlearn.models.router_replay import Routes
 
 
 class TokenScorer(nn.Module):
@@ -31,11 +32,16 @@ class TokenScorer(nn.Module):
         self.temperature = temperature
 
     def forward(
-        self, token_ids: Tensor, labels: Tensor, position_ids: Tensor, packed: PackedLayout
+        self,
+        token_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        packed: PackedLayout,
+        routes: Routes | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each label and entropy of each guess at the temperature, both float32 [T]; inputs [T]."""
         hidden = self.model(
-            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, packed=packed
+            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, packed=packed, routes=routes
         ).last_hidden_state[0]  # [T, H]
         logprobs, entropy = token_logprobs_and_entropy(hidden, self.head_weight(), labels, self.temperature)
         # They may be rows of one tensor, and sharding hangs its backward hook on outputs that own their memory.

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from routed_answers import check_routes
 from torch import Tensor
 
-from chatlearn.errors import RunError, WeightTransferError
+from chatlearn.errors import ConfigError, RunError, WeightTransferError
 from chatlearn.records import Completion
 from chatlearn.rollout.engine import EngineSpec, Request, RolloutEngine, SamplingPlan, build_engine
 from chatlearn.rollout.environment import engine_environment
@@ -335,7 +336,20 @@ def test_sleep_and_wake_are_harmless_where_nothing_can_sleep(engine: RolloutEngi
     assert all(np.array_equal(before[name].token_ids, after[name].token_ids) for name in before)
 
 
+def test_the_transformers_engine_tells_where_it_sent_every_token() -> None:
+    """vLLM is asked the same below, where it runs a mixture of experts."""
+    spec = EngineSpec(str(EMBEDDED / "tiny_qwen3_moe"), max_model_len=64, max_num_seqs=3, return_routed_experts=True)
+    check_routes(build_engine("transformers", spec), spec)
+
+
+def test_routes_of_a_model_without_experts_are_refused() -> None:
+    with pytest.raises(ConfigError, match="Qwen3ForCausalLM has no experts whose routes could be returned"):
+        build_engine("transformers", replace(SPEC, return_routed_experts=True))
+
+
 MOE_PROOF = """
+from routed_answers import check_routes
+
 from chatlearn.rollout.engine import EngineSpec, build_engine
 from chatlearn.rollout.prove import prove_weight_transfer
 
@@ -343,6 +357,7 @@ if __name__ == "__main__":
     spec = EngineSpec(**{spec!r})
     engine = build_engine("vllm", spec)
     prove_weight_transfer(engine, spec.model_path, tolerance=2e-5)
+    check_routes(engine, spec)
     engine.close()
     print("proved")
 """
@@ -356,10 +371,11 @@ def test_experts_on_two_tensor_parallel_ranks_use_what_they_are_sent(tmp_path: P
         tensor_parallel_size=2,
         kv_cache_bytes=2**26,
         cpu_cores=cores,
+        return_routed_experts=True,
     )
     script = tmp_path / "prove_experts.py"
     script.write_text(MOE_PROOF.format(spec=asdict(spec)), encoding="utf-8")
-    environment: Mapping[str, str] = os.environ | engine_environment(spec)
+    environment: Mapping[str, str] = os.environ | engine_environment(spec) | {"PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )

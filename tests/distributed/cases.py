@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from chatlearn.algorithm.loss import POLICY_LOSSES, ClipRange
-from chatlearn.batch.pack import TrainBatch, pack, unpack
+from chatlearn.batch.pack import MicroBatch, TrainBatch, pack, unpack
 from chatlearn.batch.plan import BatchLayout
 from chatlearn.errors import ConfigError
 from chatlearn.records import Sample, StepStats
@@ -43,6 +43,7 @@ class Setup:
     lr: float = 1e-4
     temperature: float = 1.3
     fsdp_size: int | None = None  # all ranks
+    sequence_parallel_size: int = 1
     packing: bool = True
     max_tokens: int = 4096
     micro_batch_size: int = 4
@@ -66,10 +67,10 @@ class Setup:
 
     def plan(self) -> ParallelPlan:
         num_ranks = dist.get_world_size()
-        return ParallelPlan(num_ranks, self.fsdp_size or num_ranks)
+        return ParallelPlan(num_ranks, self.fsdp_size or num_ranks, self.sequence_parallel_size)
 
-    def layout(self, num_ranks: int) -> BatchLayout:
-        return BatchLayout(num_ranks, self.packing, self.max_tokens, self.micro_batch_size)
+    def layout(self) -> BatchLayout:
+        return BatchLayout(self.plan().data_size, self.packing, self.max_tokens, self.micro_batch_size)
 
     def objective(self) -> Objective:
         clip = ClipRange(low=0.2, high=0.28, max_log_ratio=10.0, dual=3.0)
@@ -113,13 +114,18 @@ def trainer_of(setup: Setup) -> PolicyTrainer:
 
 
 def mine(setup: Setup, samples: Sequence[Sample]) -> TrainBatch:
-    """The batch as the driver packs it; each rank takes its own row."""
-    return pack(samples, setup.layout(dist.get_world_size()))
+    """The batch as the driver packs it; each rank takes its own row, ``my_share``."""
+    return pack(samples, setup.layout())
+
+
+def my_share(setup: Setup, batch: TrainBatch) -> tuple[MicroBatch, ...]:
+    """What this rank works on; ranks that share sequences have the same."""
+    return batch.ranks[setup.plan().data_rank(dist.get_rank())]
 
 
 def step(trainer: PolicyTrainer, setup: Setup, samples: Sequence[Sample]) -> StepStats:
     batch = mine(setup, samples)
-    return trainer.step(batch.ranks[dist.get_rank()], batch.num_loss_tokens, iteration=1)
+    return trainer.step(my_share(setup, batch), batch.num_loss_tokens, iteration=1)
 
 
 def exported(model: ShardedModel) -> Weights:
@@ -140,10 +146,25 @@ def score(setup: Setup, samples: Sequence[Sample], trainable: bool) -> list[NDAr
 
 
 def scores_of(model: ShardedModel, setup: Setup, samples: Sequence[Sample]) -> list[NDArray[np.float32]]:
+    """What the first rank of every sequence group answers."""
     batch = mine(setup, samples)
-    gathered: list[list[torch.Tensor]] = [[] for _ in batch.ranks]
-    dist.all_gather_object(gathered, model.logprobs(batch.ranks[dist.get_rank()]))
-    return unpack(batch, gathered)
+    return unpack(batch, gathered_scores(model, setup, batch)[:: setup.sequence_parallel_size])
+
+
+def gathered_scores(model: ShardedModel, setup: Setup, batch: TrainBatch) -> list[list[torch.Tensor]]:
+    """What every rank answers."""
+    gathered: list[list[torch.Tensor]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, model.logprobs(my_share(setup, batch)))
+    return gathered
+
+
+def all_scores(setup: Setup, samples: Sequence[Sample]) -> list[list[NDArray[np.float32]]]:
+    """Log-probabilities of a frozen model by token: what the first, the second, ... rank of every group answers."""
+    model = ShardedModel.load(setup.spec(), setup.plan(), trainable=False)
+    batch = mine(setup, samples)
+    gathered = gathered_scores(model, setup, batch)
+    size = setup.sequence_parallel_size
+    return [unpack(batch, gathered[member::size]) for member in range(size)]
 
 
 def score_around_a_step(setup: Setup, samples: Sequence[Sample]) -> tuple[list[NDArray[np.float32]], Weights]:
@@ -182,10 +203,10 @@ def flops_per_token(setup: Setup) -> float:
     return ShardedModel.load(setup.spec(), setup.plan(), trainable=True).training_flops_per_token()
 
 
-def load_with_sequence_parallelism(setup: Setup) -> str:
-    """The error that loading with a legal plan of two-rank sequences raises."""
+def load_error(setup: Setup) -> str:
+    """The error that loading raises."""
     try:
-        ShardedModel.load(setup.spec(), ParallelPlan(2, 2, sequence_parallel_size=2), trainable=True)
+        ShardedModel.load(setup.spec(), setup.plan(), trainable=True)
     except ConfigError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"

@@ -18,6 +18,8 @@ from typing import Any
 CASE_DEADLINE_S = 120.0
 
 PRELOADED = [
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen3.modeling_qwen3",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "chatlearn.trainer.policy_trainer",

@@ -67,7 +67,7 @@ def load_with_another_rate(setup: Setup, folder: Path, lr: float) -> tuple[Snaps
     """The next step where the rate changes after the resume, and where the run was resumed with the new rate."""
     changed_later, samples = trainer_of(setup), random_samples(6)
     load_shards(folder, changed_later.model.module, changed_later.optimizer)
-    changed_later.optimizer.param_groups[0]["lr"] = lr
+    changed_later.optimizer_spec = replace(changed_later.optimizer_spec, lr=lr)
     resumed = trainer_of(replace(setup, lr=lr))
     load_shards(folder, resumed.model.module, resumed.optimizer)
     return snapshot(changed_later, setup, samples), snapshot(resumed, setup, samples)

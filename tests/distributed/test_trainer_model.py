@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,13 +98,33 @@ def test_half_precision_keeps_float32_masters(gang_of: GangOf, models: dict[str,
 
 def test_half_precision_trains_like_single(gang_of: GangOf, models: dict[str, Path]) -> None:
     samples = cases.random_samples(12)
-    setup = Setup(models["tied"])
+    setup = Setup(models["tied"], num_steps=1)
     single = gang_of(2).run(cases.train, setup, samples)[0][0]
-    half = gang_of(2).run(cases.train, replace(setup, compute_dtype="bfloat16"), samples)[0][0]
-    assert half[0].grad_norm == pytest.approx(single[0].grad_norm, rel=0.05)
-    assert half[0].grad_norm != single[0].grad_norm, "the test is to compute in half precision"
+    for size in (1, 2):
+        shared = replace(setup, compute_dtype="bfloat16", sequence_parallel_size=size)
+        half = gang_of(2).run(cases.train, shared, samples)[0][0]
+        assert half[0].grad_norm == pytest.approx(single[0].grad_norm, rel=0.05)
+        assert half[0].grad_norm != single[0].grad_norm, "the test is to compute in half precision"
 
 
-def test_ulysses_is_refused_for_now(gang_of: GangOf, models: dict[str, Path]) -> None:
-    message = gang_of(2).run(cases.load_with_sequence_parallelism, Setup(models["tied"]))[0]
-    assert message.startswith("ConfigError: ulysses_sequence_parallel_size=2:")
+@pytest.mark.parametrize("model", ["tied", "moe"])
+def test_a_reference_may_share_sequences_and_shards(gang_of: GangOf, models: dict[str, Path], model: str) -> None:
+    """Two ranks a sequence, two replicas of two shards; all ranks of a sequence answer for the whole of it."""
+    samples = cases.random_samples(5, seed=1)
+    setup = Setup(models[model], max_tokens=64)
+    expected = gang_of(1).run(cases.transformers_scores, setup.path, samples, setup.temperature)[0]
+    shared = replace(setup, sequence_parallel_size=2, fsdp_size=2, meta_init=True, checkpointing="off")
+    for answers in gang_of(4).run(cases.all_scores, shared, samples):
+        for scores in answers:
+            for got, wanted in zip(scores, expected, strict=True):
+                np.testing.assert_allclose(got, wanted, rtol=0, atol=LOGPROBS)
+
+
+def test_heads_that_cannot_be_dealt_are_refused(gang_of: GangOf, models: dict[str, Path], tmp_path: Path) -> None:
+    config = json.loads((models["tied"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3, "num_key_value_heads": 1}))
+    message = gang_of(2).run(cases.load_error, Setup(tmp_path, sequence_parallel_size=2))[0]
+    assert message == (
+        "ConfigError: ulysses_sequence_parallel_size=2 must be at least 1 and divide both the number of ranks "
+        "num_gpu=2 and the model's 3 attention heads; use 1"
+    )

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.utils import logging
 
 VOCABULARY = 97
@@ -26,13 +33,20 @@ SIZES = {
 MIXTURE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 
 
+# Heads that are dealt to ranks in other ways: a key head for all, and as many key heads as no group of ranks has.
+ONE_KEY_HEAD = SIZES | {"num_key_value_heads": 1}
+THREE_KEY_HEADS = SIZES | {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 4}
+
+
 def write_all(folder: Path) -> dict[str, Path]:
-    """Dense with a tied head in one file, dense with a head of its own in several, and a mixture of experts."""
+    """Dense with a tied head in one file, dense with a head of its own in several, a mixture, and other families."""
     logging.disable_progress_bar()
     return {
         "tied": write(Qwen3Config(**SIZES, tie_word_embeddings=True), folder / "tied", "1GB"),
         "untied": write(Qwen3Config(**SIZES, tie_word_embeddings=False), folder / "untied", "20KB"),
         "moe": write(Qwen3MoeConfig(**SIZES, **MIXTURE, tie_word_embeddings=False), folder / "moe", "1GB"),
+        "qwen2": write(Qwen2Config(**THREE_KEY_HEADS, tie_word_embeddings=True), folder / "qwen2", "1GB"),
+        "llama": write(LlamaConfig(**ONE_KEY_HEAD, tie_word_embeddings=False), folder / "llama", "1GB"),
     }
 
 

@@ -25,6 +25,11 @@ SMALL = (
     "runtime_args.save_episode_interval=100",
     "models.reward.num_cpu=1",
 )
+# A loss of one's own whose gradient is infinite.
+POISON = """
+def poisoned(inputs, clip):
+    return inputs.logprobs * float("inf")
+"""
 GONE_WITHIN_S = 10.0
 AFTER_THE_STEP_S = 4.0  # A step of 32 short answers takes less than one, the evaluation that follows takes many.
 
@@ -81,8 +86,14 @@ def saved_state(output: Path, iteration: int) -> dict[str, int]:
 
 
 def test_a_dead_rank_is_named_and_nobody_stays(launcher: Launcher, tmp_path: Path) -> None:
-    run = launcher.start(tmp_path, *SMALL, "runtime_args.num_episode=100")
-    wait_until(trained(tmp_path, episode=1), run, "first episode")
+    """The ranks train an adapter here, and are their own reference with the adapter off: no further process."""
+    adapter = ("models.policy_trainer.lora.rank=4", "models.policy_trainer.kl_coef=0.1")
+    run = launcher.start(tmp_path, *SMALL, *adapter, "runtime_args.num_episode=100")
+    wait_until(trained(tmp_path, episode=2), run, "second episode")
+    assert metrics(tmp_path)[1]["policy_trainer/kl_loss"] == 0.0, "a new adapter changes nothing"
+    assert metrics(tmp_path)[2]["policy_trainer/kl_loss"] > 0.0
+    assert metrics(tmp_path)[2]["numerics/rollout_logprob_diff_mean"] < 1e-5, "engines get the merged weights"
+    assert "ref_policy" not in {row["role"] for row in actors(tmp_path)}
     everybody = descendants(run)
     victim = next(row for row in actors(tmp_path) if (row["role"], row["rank"]) == ("policy_trainer", 1))
     os.kill(victim["pid"], signal.SIGKILL)
@@ -96,9 +107,16 @@ def test_a_dead_rank_is_named_and_nobody_stays(launcher: Launcher, tmp_path: Pat
 
 
 def test_a_killed_driver_leaves_nobody(launcher: Launcher, tmp_path: Path) -> None:
-    """SIGKILL gives the driver no chance to tidy up; the watchdog does."""
-    run = launcher.start(tmp_path, *SMALL, "runtime_args.num_episode=100")
-    wait_until(trained(tmp_path, episode=1), run, "first episode")
+    """SIGKILL gives the driver no chance to tidy up; the watchdog does. Before that, every step goes wrong."""
+    (tmp_path / "poison.py").write_text(POISON)
+    output = tmp_path / "run"
+    overrides = (*SMALL, "models.policy_trainer.loss=poison:poisoned", "runtime_args.num_episode=100")
+    run = launcher.start(output, *overrides, PYTHONPATH=str(tmp_path))
+    wait_until(trained(output, episode=1), run, "first episode")
+    assert metrics(output)[1]["policy_trainer/skipped_steps"] == 1.0
+    capsule = json.loads((output / "capsules" / "iteration_000001" / "capsule.json").read_text())
+    assert capsule["reason"] == "bad step"
+    assert capsule["stats"]["grad_norm"] in ("inf", "nan")
     everybody = descendants(run)
     assert len(everybody) > 5, "Ray, engine, ranks and graders should be there to be left behind"
     run.kill()

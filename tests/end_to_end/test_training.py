@@ -156,7 +156,8 @@ def test_converted_model_agrees_with_the_trainer(output: Path, tmp_path: Path) -
 
 
 def test_a_run_joins_a_ray_cluster_and_leaves_it_running(launcher: Launcher, tmp_path: Path) -> None:
-    """A mixture of experts with reference model, two steps an episode, GSPO and grouped experts, on a foreign Ray."""
+    """A mixture of experts with reference model, two steps an episode, GSPO, grouped experts, the engine's routes and
+    two ranks to a sequence, on a foreign Ray; what its third step consumed can be run again."""
     token = {"RAY_AUTH_TOKEN": "0" * 64, "RAY_AUTH_MODE": "token"}
     with RayHead(tmp_path, token) as head:
         run = launcher.run(
@@ -165,6 +166,12 @@ def test_a_run_joins_a_ray_cluster_and_leaves_it_running(launcher: Launcher, tmp
             "models.policy_trainer.groupgemm=True",
             "models.policy_trainer.kl_coef=0.01",
             "models.policy_trainer.loss=gspo",
+            "models.policy_trainer.ulysses_sequence_parallel_size=2",
+            "models.policy_trainer.router_replay=True",
+            "models.policy_trainer.gradient_checkpointing=selective",
+            "models.policy_trainer.optimizer.schedule=cosine",
+            "models.policy_trainer.optimizer.state_dtype=bfloat16",
+            "runtime_args.capsule_interval=3",
             "runtime_args.sample_per_episode=64",
             "runtime_args.train_global_batch_size=32",
             "runtime_args.num_episode=2",
@@ -180,4 +187,14 @@ def test_a_run_joins_a_ray_cluster_and_leaves_it_running(launcher: Launcher, tmp
         assert numbers["numerics/rollout_logprob_diff_mean"] < TOLERANCE
         assert {"time/reference", "time/old_logprobs"} <= numbers.keys()
         assert numbers["policy_trainer/steps"] == 2
+        assert numbers["numerics/router_agreement"] > 0.99, "in float32 engine and trainer rarely differ"
     assert numbers["policy_trainer/kl_loss"] > 0
+    assert numbers["policy_trainer/lr"] == 0, "the last step of a cosine has min_lr"
+    command = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "-m", "chatlearn", "replay"]
+    command += [str(tmp_path / "run" / "capsules" / "iteration_000003")]
+    replayed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert replayed.returncode == 0, replayed.stderr
+    again = json.loads(replayed.stdout)
+    assert again["num_ranks"] == 2
+    assert again["loss"] == pytest.approx(again["recorded"]["loss"], rel=TOLERANCE)
+    assert again["grad_norm"] == pytest.approx(again["recorded"]["grad_norm"], rel=TOLERANCE)

@@ -98,3 +98,52 @@ def test_a_step_after_a_stay_on_the_host_is_the_same_step(spec: ModelSpec) -> No
             residency.bring_optimizer()
         norms.append(trainer.step(batch.ranks[0], batch.num_loss_tokens, iteration=1).grad_norm)
     assert norms[1] == pytest.approx(norms[0], rel=1e-2)
+
+
+def test_a_stay_on_the_host_is_in_pinned_memory_that_is_used_again(spec: ModelSpec) -> None:
+    batch = random_batch()
+    trainer = PolicyTrainer(ShardedModel.load(spec, ParallelPlan(1, 1), trainable=True), OPTIMIZER, OBJECTIVE)
+    residency = Residency(trainer.model, trainer.optimizer)
+    trainer.step(batch.ranks[0], batch.num_loss_tokens, iteration=1)
+    homes = []
+    for _ in range(2):
+        residency.send_optimizer_home()
+        residency.send_weights_home()
+        shards = [parameter.to_local() for parameter in trainer.model.module.parameters()]
+        moments = [state["exp_avg"].to_local() for state in trainer.optimizer.state.values()]
+        assert all(tensor.is_pinned() for tensor in (*shards, *moments))
+        homes.append([tensor.data_ptr() for tensor in (*shards, *moments)])
+        residency.bring_weights()
+        residency.bring_optimizer()
+        assert all(parameter.device.type == "cuda" for parameter in trainer.model.module.parameters())
+    assert homes[0] == homes[1]
+
+
+@pytest.mark.parametrize("meta_init", [False, True])
+def test_weights_that_stay_on_the_host_learn_the_same(spec: ModelSpec, meta_init: bool) -> None:
+    batch = random_batch()
+    losses = []
+    for on_host in (False, True):
+        here = replace(spec, on_host=on_host, meta_init=meta_init, compute_dtype="float32")
+        trainer = PolicyTrainer(ShardedModel.load(here, ParallelPlan(1, 1), trainable=True), OPTIMIZER, OBJECTIVE)
+        losses.append([trainer.step(batch.ranks[0], batch.num_loss_tokens, n).loss for n in (1, 2, 3)])
+        if on_host:
+            assert {parameter.device.type for parameter in trainer.model.module.parameters()} == {"cpu"}
+            assert {weight.device.type for _, weight in trainer.model.export_weights()} == {"cuda"}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_what_is_computed_again_need_not_be_kept(spec: ModelSpec) -> None:
+    micro_batch = random_batch().ranks[0][0].to(torch.device("cuda"))
+    norms, kept_bytes = [], []
+    for checkpointing in ("off", "selective", "full"):
+        model = ShardedModel.load(replace(spec, checkpointing=checkpointing), ParallelPlan(1, 1), trainable=True)
+        model.module.train()
+        model.score(micro_batch)[0].sum().backward()  # what is allocated once for all steps does not count
+        before = torch.cuda.memory_allocated()
+        logprobs, _ = model.score(micro_batch)
+        kept_bytes.append(torch.cuda.memory_allocated() - before)
+        logprobs.sum().backward()
+        norms.append(sum(weight.grad.to_local().square().sum().item() for weight in model.module.parameters()))
+    assert norms[1:] == pytest.approx(norms[:1] * 2, rel=1e-2)
+    assert kept_bytes[0] > kept_bytes[1] > kept_bytes[2]

@@ -40,6 +40,7 @@ def sample_of(seed: int, length: int, num_prompt_tokens: int) -> Sample:
         advantages=numbers(),
         old_logprobs=numbers(),
         ref_logprobs=numbers(),
+        routed_experts=generator.integers(0, 200, size=(max(0, length - seed % 3), 3, 2)).astype(np.uint8),
     )
 
 
@@ -71,6 +72,10 @@ def test_every_guess_is_aligned_with_the_token_it_guesses(samples: list[Sample],
                 for name in ("advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs"):
                     expected = 0.0 if is_last else vars(sample)[name][position + 1]
                     assert vars(micro)[name][here] == expected
+                routed = micro.routed_experts
+                assert routed is not None
+                known = position < len(sample.routed_experts)
+                assert routed[here].tolist() == (sample.routed_experts[position].tolist() if known else [[-1, -1]] * 3)
             start += length
 
 
@@ -105,19 +110,15 @@ def test_every_micro_batch_has_tokens_and_a_filler_has_no_loss(samples: list[Sam
             assert not micro.loss_mask.any()
 
 
-@pytest.mark.parametrize("has_old", [True, False])
-@pytest.mark.parametrize("has_ref", [True, False])
-def test_optional_streams_are_there_on_all_micro_batches_or_on_none(has_old: bool, has_ref: bool) -> None:
+@pytest.mark.parametrize("present", [(), ("old_logprobs",), ("ref_logprobs", "routed_experts")])
+def test_optional_streams_are_there_on_all_micro_batches_or_on_none(present: tuple[str, ...]) -> None:
+    optional = ("old_logprobs", "ref_logprobs", "routed_experts")
     sample = sample_of(seed=3, length=5, num_prompt_tokens=2)
-    sample = replace(
-        sample,
-        old_logprobs=sample.old_logprobs if has_old else None,
-        ref_logprobs=sample.ref_logprobs if has_ref else None,
-    )
+    sample = replace(sample, **{name: None for name in optional if name not in present})
     batch = pack([sample], BatchLayout(num_data_ranks=2, packing=True, max_tokens=8, micro_batch_size=1))
     assert [bool(micro.samples) for micro in micro_batches(batch)] == [True, False]
-    assert all((micro.old_logprobs is not None) == has_old for micro in micro_batches(batch))
-    assert all((micro.ref_logprobs is not None) == has_ref for micro in micro_batches(batch))
+    for micro in micro_batches(batch):
+        assert all((vars(micro)[name] is not None) == (name in present) for name in optional)
 
 
 def test_dtypes_are_the_declared_ones() -> None:
@@ -134,6 +135,12 @@ def test_moving_keeps_everything() -> None:
     assert moved.token_ids.device.type == moved.loss_mask.device.type == "meta"
     assert moved.ref_logprobs is None
     assert (moved.lengths, moved.samples) == (micro.lengths, micro.samples)
+
+
+def test_a_stream_of_numbers_that_ends_early_is_refused() -> None:
+    sample = sample_of(1, 6, 1)
+    with pytest.raises(AssertionError, match="4 entries for 6 tokens"):
+        pack([replace(sample, advantages=sample.advantages[:5])], BatchLayout(1, True, 8, 1))
 
 
 def test_a_batch_of_half_optional_streams_is_refused() -> None:

@@ -117,8 +117,19 @@ def test_all_mistakes_are_reported_at_once(file: Path) -> None:
          "docs/config.md lists them"),
         ("runtime_args.rollout_backend=sglang", "runtime_args.rollout_backend=sglang is refused: "
          "SGLang is not supported in this version"),
-        ("models.policy_trainer.lora.rank=8", "models.policy_trainer.lora.rank=8 is refused: "
-         "LoRA is not supported in this version; remove it"),
+        ("models.policy_trainer.rollout_correction.mode=tis", "models.policy_trainer.rollout_correction.mode=tis is "
+         "refused: rollout correction is not supported in this version; remove it"),
+        ("models.policy_trainer.ulysses_sequence_parallel_size=3", "models.policy_trainer."
+         "ulysses_sequence_parallel_size=3 must divide num_gpu=2; use 1 or 2"),
+        ("models.policy_trainer.fsdp_size=16", "models.policy_trainer.fsdp_size=16 must divide num_gpu=2; "
+         "use 1 or 2"),
+        ("models.policy_trainer.gradient_checkpointing=some", "models.policy_trainer.gradient_checkpointing=some must "
+         "be True, False or 'selective'"),
+        ("models.policy_trainer.optimizer.min_lr=1e-7", "models.policy_trainer.optimizer.min_lr=1e-07 has no effect "
+         "with models.policy_trainer.optimizer.schedule=constant; choose linear or cosine, or leave min_lr out"),
+        ("models.policy_trainer.optimizer.warmup_iterations=100000",
+         "models.policy_trainer.optimizer.warmup_iterations=100000 is more than the 4 optimizer steps of the run "
+         "(runtime_args.num_episode times the steps of an episode); the learning rate would never arrive"),
         ("runtime_args.seed=${runtime_args.sed}", "runtime_args.seed refers to something that cannot be found: "
          "Interpolation key 'runtime_args.sed' not found"),
         ("runtime_args.sample_per_episode=100", "models.policy.num_inference_per_prompt=32 must divide "
@@ -187,17 +198,18 @@ def test_references_follow_an_alias() -> None:
         "runtime_args.output_dir": "out",
         "runtime_args.data_path": "a.json",
         "runtime_args.num_episode": 1,
-        "runtime_args.sample_per_episode": "${models.policy.generation_batch_size}",
+        "runtime_args.sample_per_episode": "${models.policy.num_inference_per_prompt}",
         "runtime_args.train_global_batch_size": "${runtime_args.sample_per_episode}",
         "runtime_args.save_episode_interval": 0,
         "models.policy_trainer.num_gpu": 4,
         "models.policy_trainer.load": "m",
-        "models.policy.num_gpu": "${models.policy_trainer.fsdp_size}",
+        "models.policy.num_gpu": 4,
+        "models.policy.generation_batch_size": "${runtime_args.max_data_ckpt_nums}",
     }
-    config = config_of(leaves, {"models.policy_trainer.fsdp_size": 8})
-    assert config.models.policy_trainer.num_gpu == 8
-    assert config.models.policy.num_gpu == 8
-    assert config.runtime_args.train_global_batch_size == 256  # a default that nobody wrote can be referred to
+    config = config_of(leaves, {"runtime_args.max_data_ckpt_nums": 8})
+    assert config.runtime_args.keep_checkpoints == 8
+    assert config.models.policy.generation_batch_size == 8
+    assert config.runtime_args.train_global_batch_size == 32  # a default that nobody wrote can be referred to
 
 
 def test_a_mistake_in_an_alias_is_said_in_the_spelling_that_was_written(file: Path) -> None:

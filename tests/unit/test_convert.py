@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3MoeConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from transformers.utils import logging
 
+from chatlearn.checkpoint.adapters import AdapterRecord
 from chatlearn.checkpoint.convert import ConversionReport, convert
 from chatlearn.checkpoint.hugging_face import write_hugging_face
 from chatlearn.checkpoint.layout import begin, publish
 from chatlearn.checkpoint.manifest import Manifest
 from chatlearn.checkpoint.sharded import save_shards
 from chatlearn.errors import CheckpointError, ConfigError, DataError
+from chatlearn.models.family import FAMILIES
+from chatlearn.models.lora import LoraSpec, is_adapter
+from chatlearn.trainer.adapter import put_on
 
 # torch remarks on every save that one process without a group saves alone; here that is the point.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -32,6 +36,7 @@ CONFIGS = {
     "untied": Qwen3Config(**SIZES, tie_word_embeddings=False),
     "moe": Qwen3MoeConfig(**SIZES, **MIXTURE, tie_word_embeddings=False),
 }
+ADAPTED = {"biases": Qwen2Config(**SIZES, tie_word_embeddings=False), "moe": CONFIGS["moe"]}
 TOKENS = torch.arange(12).reshape(2, 6)
 
 
@@ -73,6 +78,30 @@ def make_run(folder: Path, kind: str, groupgemm: bool = False) -> Run:
     return run
 
 
+def make_adapted_run(folder: Path, kind: str, recorded: LoraSpec) -> Run:
+    """A run that trained an adapter of rank 2, whatever its manifest says."""
+    logging.disable_progress_bar()
+    torch.manual_seed(4)
+    base = folder / "pretrained" / kind
+    model = AutoModelForCausalLM.from_config(ADAPTED[kind], dtype=torch.float32)
+    architecture = type(model).__name__
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(base)
+    put_on(model, FAMILIES[architecture], LoraSpec(rank=2, alpha=6.0))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_adapter(name))
+        if is_adapter(name):
+            torch.nn.init.normal_(parameter, std=0.3)
+    run = Run(folder / "output", base, model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    files = save_shards(begin(run.checkpoints, 7), model, torch.optim.AdamW(trained))
+    adapter = AdapterRecord.of(recorded, base)
+    publish(run.checkpoints, Manifest(7, 7, str(base), architecture, False, 1, files, adapter=adapter))
+    return run
+
+
 @pytest.fixture
 def dense(tmp_path: Path) -> Run:
     return make_run(tmp_path, "tied")
@@ -98,6 +127,34 @@ def test_transformers_loads_what_was_converted(tmp_path: Path, kind: str) -> Non
     assert (report.files, report.num_tensors, report.notes) == (("model.safetensors",), len(stored), ())
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (run.save_dir / name).read_text() == name
+
+
+@pytest.mark.parametrize("kind", list(ADAPTED))
+def test_an_adapter_is_merged_into_its_base(tmp_path: Path, kind: str) -> None:
+    run = make_adapted_run(tmp_path, kind, LoraSpec(rank=2, alpha=6.0))
+    steps: list[tuple[int, int]] = []
+    arguments = (run.base, run.checkpoints, run.save_dir, 7, False, "float32")
+    report = convert(*arguments, progress=lambda done, total: steps.append((done, total)))
+    assert torch.allclose(logits(loaded(run.save_dir)), logits(run.model), atol=1e-5, rtol=0)
+    assert not torch.allclose(logits(loaded(run.base)), logits(run.model), atol=1e-2)
+    stored = load_file(run.save_dir / "model.safetensors")
+    assert set(stored) == set(load_file(run.base / "model.safetensors"))
+    assert report.num_tensors == len(stored)
+    assert steps[-1][0] == steps[-1][1] == sum(tensor.numel() for tensor in stored.values())
+
+
+def test_an_adapter_of_another_shape_or_base_is_not_merged(tmp_path: Path) -> None:
+    run = make_adapted_run(tmp_path, "biases", LoraSpec(rank=3, alpha=6.0))
+    with pytest.raises(CheckpointError, match=r"lora_A\.default\.weight' has shape \(2, 16\); .* \(3, 16\)"):
+        run.convert()
+    other = make_adapted_run(tmp_path / "other", "moe", LoraSpec(rank=2, alpha=6.0))
+    stored = load_file(other.base / "model.safetensors")
+    stored["model.norm.weight"] += 1
+    save_file(stored, other.base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"--hf_dir {other.base}: its weights are not those that the adapter"):
+        other.convert()
+    assert not run.save_dir.exists()
+    assert not other.save_dir.exists()
 
 
 def test_the_default_is_bfloat16_in_weights_and_configuration(dense: Run) -> None:

@@ -36,6 +36,8 @@ MATH_DIR = "dataset/MATH-lighteval"
 CONVERTER = "python chatlearn/offline_ckpt_converter.py --hf_dir ${CHATLEARN}/"
 SAVE_8B = "${CHATLEARN}/output/qwen3-grpo-8b/save_model"
 SAVE_30B = "${CHATLEARN}/output/qwen3-grpo-30b-a3b/save_model"
+REPLAYS = "tests/distributed/test_replay.py"
+REPLAY = "chatlearn replay output/mine/capsules/iteration_000003"
 WANDB = "runtime_args.log_args_dict"
 
 # Run by the test that is named. A command of the tutorial's test must stand there word for word; of other tests (and of
@@ -80,6 +82,11 @@ RUN_BY = {
     "python -m chatlearn.config.describe --write docs/config.md": f"{TUTORIAL}::test_the_page_of_keys_is_generated",
     "python benchmarks/learning_curve.py output/quickstart-1": (
         "tests/unit/test_docs.py::test_the_picture_is_drawn_from_a_run_and_nothing_else"
+    ),
+    f"{REPLAY} --compare": f"{REPLAYS}::test_a_planted_fault_is_found_and_named",
+    REPLAY: f"{REPLAYS}::test_the_command_prints_one_object_and_needs_neither_ray_nor_an_engine",
+    f"torchrun --nproc-per-node 2 -m {REPLAY} models.policy_trainer.ulysses_sequence_parallel_size=2": (
+        f"{TRAINING}::test_a_run_joins_a_ray_cluster_and_leaves_it_running"
     ),
     "ruff check .": CHECKS,
     "ruff format .": CHECKS,
@@ -164,7 +171,7 @@ def test_the_test_that_is_named_exists_and_runs_the_command(command: str) -> Non
     if name == TUTORIAL:
         assert command in one_line(source)
     elif name == TRAINING:
-        assert program_of(command) in (ROOT / "tests" / "end_to_end" / "runs.py").read_text()
+        assert program_of(command) in source + (ROOT / "tests" / "end_to_end" / "runs.py").read_text()
     elif "CHATLEARN_TORCH_SOURCE" in command:
         assert "CHATLEARN_TORCH_SOURCE" in source
     else:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from chatlearn.errors import DataError
 from chatlearn.models.family import FAMILIES, family_of
+from chatlearn.models.positions import require_fixed_frequencies
 
 MOE = FAMILIES["Qwen3MoeForCausalLM"]
 
@@ -78,3 +80,21 @@ def test_experts_leave_under_the_names_of_the_checkpoint() -> None:
 def test_other_weights_keep_their_name() -> None:
     for name in ("model.layers.0.mlp.gate.weight", "model.layers.0.mlp.down_proj.weight", "lm_head.weight"):
         assert [piece.name for piece in MOE.pieces(name, (4, 3))] == [name]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "linear", "llama3", "yarn", "default"])
+def test_frequencies_that_follow_the_longest_neighbour_are_refused(tmp_path: Path, kind: str) -> None:
+    scaling = {
+        "rope_type": kind,
+        "rope_theta": 10_000.0,
+        "factor": 2.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    config = LlamaConfig(rope_parameters=scaling)
+    if kind != "dynamic":
+        require_fixed_frequencies(config, tmp_path)
+        return
+    with pytest.raises(DataError, match="rope_type 'dynamic' change with the longest sequence of a batch"):
+        require_fixed_frequencies(config, tmp_path)

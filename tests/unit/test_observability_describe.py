@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from math import isnan
 
 import numpy as np
 import pytest
@@ -151,6 +152,20 @@ def test_steps_are_merged_by_their_loss_tokens() -> None:
     assert numbers["numerics/rollout_logprob_diff_mean"] == numbers["numerics/rollout_kl"] == pytest.approx(2.0)
     assert numbers["numerics/rollout_logprob_diff_max"] == 5.0
     assert describe_steps([]) == {}
+
+
+def test_a_skipped_step_is_counted_and_its_norm_is_nobodys() -> None:
+    skipped = replace(step_of(100, 1.0), grad_norm=float("inf"))
+    numbers = describe_steps([step_of(100, 3.0), skipped])
+    assert numbers["policy_trainer/grad_norm"] == 3.0
+    assert numbers["policy_trainer/skipped_steps"] == 1.0
+    assert isnan(describe_steps([skipped])["policy_trainer/grad_norm"])
+
+
+def test_router_agreement_is_there_where_an_engine_told_its_choices() -> None:
+    told, untold = step_of(100, 0.5), replace(step_of(100, 0.5), router_agreement=None)
+    assert describe_steps([told, untold])["numerics/router_agreement"] == 0.5
+    assert "numerics/router_agreement" not in describe_steps([untold])
 
 
 def test_steps_without_loss_tokens_do_not_divide_by_zero() -> None:

@@ -1,0 +1,99 @@
+"""What to change when a step does not fit in memory, said by the program that knows what it was computing."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from chatlearn.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from chatlearn.batch.pack import MicroBatch
+
+# How torch's allocator of host memory begins its complaint, which has no class of its own.
+HOST_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
+
+SMALLER_BATCH = (
+    "with models.policy_trainer.packing=True, lower models.policy_trainer.max_token_in_packing",
+    "with models.policy_trainer.packing=False, lower runtime_args.train_micro_batch_size",
+)
+SMALLER_SCORING = (
+    "with models.policy_trainer.packing=True, lower models.policy_trainer.max_token_in_packing",
+    "with models.policy_trainer.packing=False, lower models.policy_trainer.generation_batch_size",
+)
+SMALLER_SEQUENCE = (
+    "raise models.policy_trainer.ulysses_sequence_parallel_size (a power of 2, not above the GPUs of one node)",
+    "set models.policy_trainer.gradient_checkpointing=True, if it is not",
+)
+SMALLER_SHARE = (
+    "raise models.policy_trainer.num_gpu: weights, gradients and optimizer shrink in proportion to the ranks that "
+    "share them",
+)
+SMALLER_STATE = (
+    "set models.policy_trainer.optimizer.state_dtype=bfloat16, or models.policy_trainer.optimizer.keep_on_host=True",
+)
+
+
+@contextmanager
+def advice_about(micro_batch: MicroBatch) -> Generator[None]:
+    """Forward and backward of a micro-batch: running out of memory becomes a ``RunError`` that says what to change."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not is_out_of_memory(error):
+            raise
+        what = f"forward and backward of {_described(micro_batch)}"
+        raise RunError(_message(what, error, _for_batch(micro_batch))) from error
+
+
+@contextmanager
+def advice_about_scoring(micro_batch: MicroBatch) -> Generator[None]:
+    """The same for a forward pass alone; a reference model has the same keys, and those of the trainer by default."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = () if len(micro_batch.lengths) == 1 else SMALLER_SCORING
+        advice = (*smaller, *SMALLER_SEQUENCE[:1], *SMALLER_SHARE)
+        raise RunError(_message(f"scoring {_described(micro_batch)}", error, advice)) from error
+
+
+@contextmanager
+def advice_about_update() -> Generator[None]:
+    """The same for the optimizer's step, whose memory does not depend on the batch."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(_message("the optimizer's step", error, (*SMALLER_STATE, *SMALLER_SHARE))) from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get memory, from the device or from the host."""
+    return isinstance(error, torch.OutOfMemoryError) or HOST_ALLOCATOR in str(error)
+
+
+def _described(micro_batch: MicroBatch) -> str:
+    lengths = micro_batch.lengths
+    return (
+        f"a micro-batch of {micro_batch.num_tokens:,} tokens "
+        f"({len(lengths)} {'answer' if len(lengths) == 1 else 'answers'}, the longest with its prompt {max(lengths):,})"
+    )
+
+
+def _for_batch(micro_batch: MicroBatch) -> tuple[str, ...]:
+    """In the order to try; an answer that is alone already cannot be given fewer neighbours."""
+    smaller = () if len(micro_batch.lengths) == 1 else SMALLER_BATCH
+    return (*smaller, *SMALLER_SEQUENCE, *SMALLER_SHARE)
+
+
+def _message(what: str, error: RuntimeError, advice: tuple[str, ...]) -> str:
+    steps = "\n".join(f"  {number}. {step}" for number, step in enumerate(advice, start=1))
+    reason = str(error).partition("\n")[0]
+    return f"policy_trainer: out of memory in {what}: {reason}\nIn this order, until it fits:\n{steps}"

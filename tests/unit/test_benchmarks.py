@@ -1,0 +1,42 @@
+"""The benchmark of the GPU trainer, and the tests beside it, run where little more than torch is installed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+# What a GPU machine may lack: everything but torch, transformers, safetensors, numpy and what they need; and pytest.
+ABSENT = ["ray", "vllm", "pydantic", "omegaconf", "typer", "rich", "peft", "trl", "datasets", "psutil", "hypothesis"]
+
+PROGRAM = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({ABSENT!r}))  # None there makes an import fail
+for path in sys.argv[1].split():
+    runpy.run_path(path)
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_gpu_benchmark_rehearses_on_a_cpu_without_the_libraries_of_a_whole_installation() -> None:
+    tests = [ROOT / "tests" / "conftest.py", *sorted((ROOT / "tests" / "gpu").glob("*.py"))]
+    options = {"--device": "cpu", "--steps": "1", "--tokens": "64", "--micro-batches": "2"}
+    benchmark = ["benchmarks/gpu/trainer.py", "--tiny", *(word for pair in options.items() for word in pair)]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, " ".join(map(str, tests)), *benchmark],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| (tiny\S*) \| 64 \| (\S+) \| ([\d,]+) \|", done.stdout, flags=re.MULTILINE)
+    assert [row[:2] for row in rows] == [
+        (shape, way) for shape in ("tiny", "tiny-moe") for way in ("full", "selective")
+    ]
+    assert all(int(tokens_per_s.replace(",", "")) > 0 for _, _, tokens_per_s in rows)
+    assert "6 x N_active x tokens" in done.stdout
