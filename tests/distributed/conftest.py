@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 import tiny_models
-from gang import Gang
-
-GangOf = Callable[[int], Gang]
+from gang import Gang, GangOf
 
 
 @pytest.fixture(scope="session")

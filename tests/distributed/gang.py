@@ -78,6 +78,11 @@ class Gang:
                 process.kill()
 
 
+# How tests ask for a gang of some size. It is not in conftest.py, because ranks import what they run by the name of its
+# module, and other folders of tests have a conftest too.
+GangOf = Callable[[int], Gang]
+
+
 def serve(pipe: Connection, rank: int, num_ranks: int, port: int) -> None:
     """The life of a rank: join the group, answer until told to stop."""
     import torch

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Setup, Weights, exported, mine, my_share, random_samples, scores_of, step, trainer_of
-from conftest import GangOf
+from gang import GangOf
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Setup, Weights, exported, random_samples, step
-from conftest import GangOf
+from gang import GangOf
 
 from chatlearn.checkpoint.layout import begin, publish
 from chatlearn.checkpoint.manifest import FileRecord, Manifest

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 from cases import random_samples
-from conftest import GangOf
-from gang import Gang
+from gang import Gang, GangOf
 from replay_cases import RecordedSetup, loss_of_the_split, record_second_step
 
 from chatlearn.checkpoint.capsule import CapsuleFacts, begin_capsule, publish_capsule, read_capsule

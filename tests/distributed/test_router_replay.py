@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Setup, mine, my_share, scores_of
-from conftest import GangOf
+from gang import GangOf
 from gradients import Outcome, relative_differences
 
 from chatlearn.models.family import family_of

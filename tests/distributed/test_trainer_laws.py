@@ -10,7 +10,7 @@ import gradients
 import numpy as np
 import pytest
 from cases import Setup
-from conftest import GangOf
+from gang import GangOf
 from gradients import Cuts, Outcome, relative_differences
 
 from chatlearn.models.family import FAMILIES, family_of

@@ -10,7 +10,7 @@ import memory_cases
 import numpy as np
 import pytest
 from cases import Setup
-from conftest import GangOf
+from gang import GangOf
 from memory_cases import Outcome
 from test_trainer_model import LOGPROBS, stored_weights
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Setup
-from conftest import GangOf
+from gang import GangOf
 from safetensors.torch import load_file
 
 LOGPROBS = 1e-5

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import Setup
-from conftest import GangOf
+from gang import GangOf
 from reference_case import Described, accumulated, samples_of
 
 from benchmarks.trl_reference import CASES, CLIP, FOLDER, ROOT, Reference, read_reference

@@ -23,7 +23,7 @@ def test_a_page_that_has_fallen_behind_is_noticed_and_mended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stale = tmp_path / "config.md"
-    stale.write_text(document().replace("Learning rate.", "Speed."))
+    stale.write_text(document().replace("Decoupled weight decay.", "Speed."))
     assert main(["--check", str(stale)]) == 1
     assert "Speed." in capsys.readouterr().err
     assert main(["--write", str(stale)]) == 0

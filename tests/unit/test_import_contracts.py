@@ -20,6 +20,7 @@ PLANTED = {
     "light-configuration": ("config", "import torch"),
     "trainer-without-configuration": ("trainer", "import omegaconf"),
     "pure-mathematics": ("algorithm", "import transformers"),
+    "replay-alone": ("replay", "import vllm"),
 }
 # The way back, which makes a circle of the second row.
 RETURN = ("reward", "import chatlearn.data")
