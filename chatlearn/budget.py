@@ -17,8 +17,11 @@ from chatlearn.models.stored_weights import StoredWeights, is_weight
 BYTES_PER_GB: Final = 10**9
 FLOAT32_BYTES: Final = 4
 
-# Anonymous memory of a process that has imported torch, transformers and Ray, or an engine, before it does anything.
+# Anonymous memory of a process that has imported torch, transformers and Ray before it does anything; what an engine's
+# process has more; and Ray's own services. Measured on x86-64.
 PROCESS_BYTES: Final = 300 * 10**6
+ENGINE_BYTES: Final = 300 * 10**6
+RAY_BYTES: Final = 315 * 10**6
 
 # Of one token of an answer as the engine returns it: its number, its log-probability, and about four letters.
 ROLLOUT_TOKEN_BYTES: Final = 4 + 4 + 4
@@ -138,9 +141,11 @@ def host_budget(load: HostLoad) -> tuple[BudgetLine, ...]:
         BudgetLine("weight transfer", load.transfer_bytes, "episode", "one segment of shared memory", ()),
         BudgetLine(
             "processes",
-            load.num_processes * PROCESS_BYTES,
+            load.num_processes * PROCESS_BYTES + load.engine.num_engines * ENGINE_BYTES + RAY_BYTES,
             "always",
-            f"{load.num_processes} x {PROCESS_BYTES / BYTES_PER_GB} GB for the interpreter and its libraries",
+            f"{load.num_processes} x {PROCESS_BYTES / BYTES_PER_GB} GB for the interpreter and its libraries, "
+            f"{load.engine.num_engines} x {ENGINE_BYTES / BYTES_PER_GB} GB more for an engine, "
+            f"{RAY_BYTES / BYTES_PER_GB} GB for Ray",
             ("models.reward.num_cpu",),
         ),
     ]

@@ -92,6 +92,13 @@ def pinned_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on ``device``. Nobody waits for the copy: a plain one waits for all the device still has to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @contextmanager
 def side_by_side_copies(kind: DeviceKind) -> Generator[None]:
     """Copies issued inside run on a stream of their own, after all earlier work; they are done when the block ends."""

@@ -13,7 +13,7 @@ from math import isfinite
 import numpy as np
 
 from chatlearn.algorithm.advantage import AdvantageFn
-from chatlearn.checkpoint.capsule import CapsuleFacts, Reason
+from chatlearn.checkpoint.capsule import BAD_STEP, CapsuleFacts, Reason
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.interruption import Interrupted, Interruption
 from chatlearn.config.environment import Environment
@@ -135,7 +135,7 @@ def learn(team: Team, page: Page, batch: Sequence[Sample], episode: int, iterati
         if not is_asked_for:  # No rank has moved: the weights are still those that the step began with.
             begin_capsule(team, page, iteration)
     if is_asked_for or went_wrong:
-        reason: Reason = "bad step" if went_wrong else "interval"
+        reason: Reason = BAD_STEP if went_wrong else "interval"
         finish_capsule(
             team, page, batch, CapsuleFacts(iteration, episode, reason, team.layout.trainer.num_ranks, stats)
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
+import torch
 from transformers import PreTrainedConfig
 
 from chatlearn.algorithm.advantage import ADVANTAGES
@@ -18,8 +19,10 @@ from chatlearn.models.family import family_of
 from chatlearn.models.naming import ModelFamily
 from chatlearn.models.positions import require_fixed_frequencies
 from chatlearn.models.pretrained import read_configuration
+from chatlearn.recipe import model_spec
 from chatlearn.reward.grade import REWARDS
 from chatlearn.rollout.engine import ENGINES
+from chatlearn.trainer.build import assemble
 from chatlearn.trainer.parallel import sequence_parallel_problem
 
 ShardedRole = Literal["policy_trainer", "ref_policy"]
@@ -43,7 +46,9 @@ def check_models(config: GrpoConfig, layout: Layout) -> None:
             )
             require_fixed_frequencies(described, Path(plan.load))
             problems += _plan_problems(role, plan, family, described)
-    problems += _trainer_problems(config, family_of(Path(layout.trainer.load)))
+    trained = family_of(Path(layout.trainer.load))
+    problems += _trainer_problems(config, trained)
+    problems += _adapter_problems(config, layout, trained)
     if problems:
         raise ConfigError(*problems)
 
@@ -66,6 +71,18 @@ def _trainer_problems(config: GrpoConfig, family: ModelFamily) -> list[str]:
             f"{TRAINER}.router_replay={trainer.router_replay} is for mixtures of experts, and {trainer.load} is a "
             f"{family.architecture}; use False"
         ]
+    return []
+
+
+def _adapter_problems(config: GrpoConfig, layout: Layout, family: ModelFamily) -> list[str]:
+    """Whether the model has the layers that are to be adapted. Only the module knows, so it is built without memory."""
+    spec = model_spec(config, layout, layout.trainer)
+    if spec.lora is None or not spec.lora.target_modules:
+        return []
+    try:
+        assemble(spec, family, torch.float32)
+    except ConfigError as error:
+        return list(error.problems)
     return []
 
 

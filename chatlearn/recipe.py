@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from chatlearn import device
+from chatlearn.algorithm.correction import BOUNDS, Correction, Level, Mode
 from chatlearn.algorithm.loss import POLICY_LOSSES, ClipRange
 from chatlearn.batch.plan import BatchLayout, attention_crossover_tokens
 from chatlearn.checkpoint.architecture import parameter_shapes
@@ -82,6 +83,22 @@ def lora_spec(config: GrpoConfig) -> LoraSpec | None:
     return LoraSpec(asked.rank, asked.alpha, asked.target_modules) if asked.rank > 0 else None
 
 
+def correction(config: GrpoConfig) -> Correction | None:
+    """How answers of another distribution are weighed; ``None`` where nothing was asked for."""
+    asked = config.models.policy_trainer.rollout_correction
+    if asked.token == asked.sequence == "off":
+        return None
+    token_low, token_high = bounds("token", asked.token, asked.token_low, asked.token_high)
+    sequence_low, sequence_high = bounds("sequence", asked.sequence, asked.sequence_low, asked.sequence_high)
+    return Correction(asked.token, token_low, token_high, asked.sequence, sequence_low, sequence_high)
+
+
+def bounds(level: Level, mode: Mode, low: float | None, high: float | None) -> tuple[float, float]:
+    """The bounds that were asked for; what is absent depends on what they are for."""
+    usual_low, usual_high = BOUNDS[level, mode]
+    return usual_low if low is None else low, usual_high if high is None else high
+
+
 def objective(config: GrpoConfig) -> Objective:
     """The loss with its clip range and its two optional terms."""
     trainer = config.models.policy_trainer
@@ -95,4 +112,5 @@ def objective(config: GrpoConfig) -> Objective:
         ),
         kl_coef=trainer.kl_coef,
         entropy_coef=trainer.entropy_coef,
+        correction=correction(config),
     )

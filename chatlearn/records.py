@@ -121,7 +121,9 @@ class StepStats:
     ``rollout_logprob_diff_*`` compare the engine's log-probabilities with the trainer's on the same tokens;
     ``rollout_kl`` is the k3 estimate of KL(rollout || trainer) in nats per token. ``router_agreement`` is the share of
     the engine's choices of an expert that the trainer's routers, with the current weights, make too; ``None`` where
-    the engine told no choices.
+    the engine told no choices. ``correction_*`` are about the weights that correct for another distribution in the
+    engine: effective sample size as a share of the loss tokens, share of loss tokens that weigh nothing, mean weight;
+    ``None`` without a correction.
     """
 
     loss: float
@@ -137,3 +139,6 @@ class StepStats:
     rollout_logprob_diff_max: float
     rollout_kl: float
     router_agreement: float | None = None
+    correction_ess: float | None = None
+    correction_masked_ratio: float | None = None
+    correction_weight_mean: float | None = None

@@ -27,7 +27,7 @@ from chatlearn.checkpoint.run_state import RunState, load_run_state, save_run_st
 from chatlearn.config.layout import Layout
 from chatlearn.config.schema import GrpoConfig, RuntimeArgs
 from chatlearn.config.text import resolved_text
-from chatlearn.errors import ConfigError
+from chatlearn.errors import ConfigError, RunError
 from chatlearn.models.family import family_of
 from chatlearn.observability.journal import Journal, Page
 from chatlearn.observability.manifest import RunFacts, write_manifest
@@ -35,6 +35,9 @@ from chatlearn.recipe import lora_spec
 from chatlearn.records import Sample
 from chatlearn.specs import journal_spec
 from chatlearn.team import Team
+
+# A single step may meet an odd batch. Weights do not change in a skipped step, so several in a row are the weights.
+MAX_BAD_STEPS = 5
 
 FRESH = RunState(episode=0, train_iteration=0, policy_version=0, epoch=0, offset=0, deferred=(), metrics_bytes=0)
 
@@ -142,10 +145,19 @@ def begin_capsule(team: Team, page: Page, iteration: int) -> None:
 
 
 def finish_capsule(team: Team, page: Page, samples: Sequence[Sample], facts: capsule.CapsuleFacts) -> None:
-    """Add the rest, and tell how it can be run again."""
+    """Add the rest, and tell how it can be run again.
+
+    Raises ``RunError`` when steps keep going wrong: nothing is learned any more, and capsules would fill the disk.
+    """
     with page.phase("capsule"):
         folder = capsule.publish_capsule(_capsules(team), facts, samples, team.config_text)
     page.say(f"what step {facts.iteration} consumed is kept; run it again with: chatlearn replay {folder}")
+    if capsule.num_bad_in_a_row(_capsules(team), facts.iteration) >= MAX_BAD_STEPS:
+        raise RunError(
+            f"the gradients of the last {MAX_BAD_STEPS} optimizer steps, up to step {facts.iteration}, are not finite, "
+            f"and the steps were skipped; chatlearn replay {folder} names the parameters. Lower "
+            "models.policy_trainer.optimizer.lr, or go back to an earlier checkpoint by removing newer ones"
+        )
 
 
 def _capsules(team: Team) -> Path:

@@ -34,6 +34,7 @@ from chatlearn import device
 from chatlearn.algorithm.loss import POLICY_LOSSES, ClipRange
 from chatlearn.batch.pack import TrainBatch, pack
 from chatlearn.batch.plan import BatchLayout
+from chatlearn.errors import RunError
 from chatlearn.models.family import family_of
 from chatlearn.records import Sample
 from chatlearn.trainer.build import Checkpointing, ModelSpec
@@ -140,6 +141,10 @@ def measure(case: Case, folder: Path, options: argparse.Namespace) -> Measured |
     try:
         return train(case, folder, options)
     except torch.OutOfMemoryError:
+        return None
+    except RunError as error:  # what a step makes of running out of memory, for users
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
         return None
     finally:
         gc.collect()

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from chatlearn.device import to_device
+
 
 @dataclass(frozen=True)
 class ClipRange:
@@ -71,12 +73,16 @@ def token_log_ratio(inputs: LossInputs) -> Tensor:
 
 def sequence_mean(values: Tensor, inputs: LossInputs) -> Tensor:
     """The mean over the loss tokens of each sequence, at every position of it; ``values`` are zero elsewhere, [T]."""
-    lengths = torch.tensor(inputs.lengths, device=values.device)
-    sequence = torch.repeat_interleave(lengths, output_size=values.numel())  # [T], which sequence a token is in
-    zeros = values.new_zeros(len(inputs.lengths))
-    sums = zeros.index_add(0, sequence, values)
-    counts = zeros.index_add(0, sequence, inputs.loss_mask.to(values.dtype))
-    return (sums / counts.clamp(min=1))[sequence]  # a sequence without loss tokens has the mean zero
+    counts = sequence_sum(inputs.loss_mask.to(values.dtype), inputs.lengths)
+    # A sequence without loss tokens has the mean zero.
+    return sequence_sum(values, inputs.lengths) / counts.clamp(min=1)
+
+
+def sequence_sum(values: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """The sum of ``values`` over each sequence, at every position of it, [T]."""
+    widths = to_device(torch.tensor(lengths), values.device)
+    sequence = torch.repeat_interleave(widths, output_size=values.numel())  # [T], which sequence a token is in
+    return values.new_zeros(len(lengths)).index_add(0, sequence, values)[sequence]
 
 
 def surrogate(log_ratio: Tensor, advantages: Tensor, clip: ClipRange) -> Tensor:

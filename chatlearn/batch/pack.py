@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from chatlearn.batch.plan import BatchLayout, plan
+from chatlearn.device import to_device
 from chatlearn.records import FloatStream, Sample
 
 # A stream of a sample, at most T entries of any one shape: T - 1 numbers by prediction, or what is known of each token
@@ -77,7 +78,9 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its streams on ``device``."""
         streams: dict[str, Tensor | None] = {name: vars(self)[name] for name in COLUMNS}
-        moved: dict[str, Any] = {name: None if kept is None else kept.to(device) for name, kept in streams.items()}
+        moved: dict[str, Any] = {
+            name: None if kept is None else to_device(kept, device) for name, kept in streams.items()
+        }
         return replace(self, **moved)
 
 

@@ -59,6 +59,7 @@ SCHEMA_VERSION: Final = 1
 PACKAGES: Final = ("chatlearn", "torch", "transformers", "safetensors", "numpy", "peft")
 
 Reason = Literal["interval", "bad step"]
+BAD_STEP: Final[Reason] = "bad step"
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,18 @@ def publish_capsule(root: Path, facts: CapsuleFacts, samples: Sequence[Sample], 
     return folder
 
 
+def num_bad_in_a_row(root: Path, iteration: int) -> int:
+    """How many steps in a row, ``iteration`` the last of them, are recorded as gone wrong."""
+    count = 0
+    while _went_wrong(capsule_folder(root, iteration - count) / CAPSULE_NAME):
+        count += 1
+    return count
+
+
+def _went_wrong(path: Path) -> bool:
+    return path.is_file() and read_document(path).get("reason") == BAD_STEP
+
+
 def read_capsule(directory: Path) -> Capsule:
     """Read a capsule, after checking that every file is there in full length; weights are not read yet.
 
@@ -184,7 +197,7 @@ def read_capsule(directory: Path) -> Capsule:
     path = directory / CAPSULE_NAME
     if not path.is_file():
         raise ConfigError(
-            f"{directory}: is no capsule, {CAPSULE_NAME} is missing; give a folder such as "
+            f"{directory}: {_no_capsule(directory)}; give a folder such as "
             f"output/{CAPSULES_FOLDER}/iteration_000001 of a run"
         )
     document = read_document(path)
@@ -230,6 +243,13 @@ def readable_numbers(numbers: Mapping[str, object]) -> dict[str, object]:
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in numbers.items()
     }
+
+
+def _no_capsule(directory: Path) -> str:
+    """What somebody gave instead of a capsule."""
+    if not directory.exists():
+        return "does not exist"
+    return f"is no capsule, {CAPSULE_NAME} is missing" if directory.is_dir() else "is a file"
 
 
 def _require_files(directory: Path, records: Sequence[FileRecord], needed: Sequence[str]) -> None:

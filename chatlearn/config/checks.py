@@ -15,8 +15,10 @@ def cross_problems(config: GrpoConfig) -> list[str]:
     return [
         *_batch_problems(config),
         *_engine_problems(config),
+        *_sampling_problems(config),
         *_sharding_problems(config),
         *_optimizer_problems(config),
+        *_adapter_problems(config),
         *_evaluation_problems(config),
         *_colocation_problems(config),
     ]
@@ -52,6 +54,34 @@ def _engine_problems(config: GrpoConfig) -> list[str]:
     return problems
 
 
+def _sampling_problems(config: GrpoConfig) -> list[str]:
+    policy, correction = config.models.policy, config.models.policy_trainer.rollout_correction
+    key = "models.policy_trainer.rollout_correction"
+    problems: list[str] = []
+    if correction.sequence == "truncate" and correction.token != "off":
+        problems.append(
+            f"{key}.token={correction.token} and {key}.sequence=truncate would correct twice: the weight of a sequence "
+            "contains the ratios of its tokens; switch one of them off"
+        )
+    weighs = correction.token != "off" or correction.sequence == "truncate"
+    asked = {
+        f"models.policy.top_p={policy.top_p}": policy.top_p < 1,
+        f"models.policy.top_k={policy.top_k}": policy.top_k > 0,
+        f"models.policy.min_p={policy.min_p}": policy.min_p > 0,
+        f"models.policy.presence_penalty={policy.presence_penalty}": policy.presence_penalty != 0,
+        f"models.policy.frequency_penalty={policy.frequency_penalty}": policy.frequency_penalty != 0,
+        f"models.policy.repetition_penalty={policy.repetition_penalty}": policy.repetition_penalty != 1,
+    }
+    written = [what for what, is_asked in asked.items() if is_asked]
+    if written and not weighs:
+        problems.append(
+            f"{', '.join(written)}: the trainer scores the distribution that temperature alone shapes, and would learn "
+            f"from answers of another one; leave {'it' if len(written) == 1 else 'them'} out, or set "
+            f"{key}.token=truncate"
+        )
+    return problems
+
+
 def _sharding_problems(config: GrpoConfig) -> list[str]:
     trainer, reference = config.models.policy_trainer, config.models.ref_policy
     reference_ranks = reference.num_gpu or trainer.num_gpu
@@ -65,6 +95,20 @@ def _sharding_problems(config: GrpoConfig) -> list[str]:
         f"models.{role}.{name}={size} must divide num_gpu={num_ranks}; use {choices(num_ranks, size)}"
         for role, name, size, num_ranks in asked
         if size is not None and num_ranks % size != 0
+    ]
+
+
+def _adapter_problems(config: GrpoConfig) -> list[str]:
+    lora, key = config.models.policy_trainer.lora, "models.policy_trainer.lora"
+    plain = type(lora)()
+    written = {
+        f"{key}.alpha={lora.alpha}": lora.alpha != plain.alpha,
+        f"{key}.target_modules=[{', '.join(lora.target_modules)}]": lora.target_modules != plain.target_modules,
+    }
+    return [
+        f"{what} has no effect with {key}.rank=0, which trains all weights; set {key}.rank, or leave it out"
+        for what, is_written in written.items()
+        if is_written and lora.rank == 0
     ]
 
 

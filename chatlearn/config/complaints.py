@@ -10,16 +10,26 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from chatlearn.config.fate import Fate
-from chatlearn.config.fates import FATE_OF, fate_of
+from chatlearn.config.fates import FATE_OF
+
+FEW_KEYS: Final = 4  # as many as a message has room for
 
 
 def unknown_key(key: str) -> str:
-    """Name the nearest key that exists: the same last word in another section, else the closest spelling."""
-    name = key.rpartition(".")[2]
+    """Name the nearest key that exists: the same last word in another section, else the closest spelling.
+
+    A long section makes all of its keys look alike, so the last words must be alike too. Where nothing is, the keys of
+    a small section are told.
+    """
+    section, _, name = key.rpartition(".")
     same_name = [known for known in FATE_OF if known.rpartition(".")[2] == name]
-    close = get_close_matches(key, same_name or list(FATE_OF), n=1, cutoff=0.0 if same_name else 0.6)
-    if close:
-        return f"unknown key {key}; did you mean {close[0]}?"
+    close = get_close_matches(key, same_name or list(FATE_OF), n=5, cutoff=0.0 if same_name else 0.6)
+    alike = [known for known in close if get_close_matches(name, [known.rpartition(".")[2]], cutoff=0.5)]
+    if alike:
+        return f"unknown key {key}; did you mean {alike[0]}?"
+    names = sorted(known.rpartition(".")[2] for known in FATE_OF if known.rpartition(".")[0] == section)
+    if 0 < len(names) <= FEW_KEYS:
+        return f"unknown key {key}; the keys of {section} are {', '.join(names)}"
     return f"unknown key {key}; docs/config.md lists all keys"
 
 
@@ -27,11 +37,11 @@ def refusals(values: Mapping[str, object]) -> list[str]:
     """One problem for every key that asks for what this version cannot do."""
     problems: list[str] = []
     for key, value in values.items():
-        row = fate_of(key)
+        row = FATE_OF.get(key)
         if row is None:
             continue
         plain = tuple(value) if isinstance(value, list) else value
-        if row.kind == "refused" and (key != row.key or plain not in row.allowed):
+        if row.kind == "refused" and plain not in row.allowed:
             problems.append(f"{key}={show(value)} is refused: {row.reason}; {_cure(row)}")
         elif isinstance(value, str) and value in row.unsupported:
             problems.append(f"{key}={show(value)} is refused: {row.unsupported[value]}")

@@ -18,9 +18,6 @@ LOG: Final = "runtime_args.log_args_dict"
 _NOT_YET: Final = "not supported in this version"
 _COMPUTED: Final = "computed from num_gpu and the parallel sizes"
 _BATCHED: Final = "the whole episode is graded as answers come in"
-_TRUNCATED: Final = (
-    "the trainer scores the distribution that temperature alone shapes, and would learn from answers of another one"
-)
 _BASE_INTEGERS: Final = ("num_inference_per_prompt", "max_prompt_tokens_length", "max_response_tokens_length")
 
 _ENVIRONMENT: Final = (
@@ -117,6 +114,12 @@ _POLICY: Final = (
         "max_response_tokens_length",
         "enable_thinking",
         "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
         "eval_temperature",
         "eval_top_p",
         "eval_top_k",
@@ -133,12 +136,6 @@ _POLICY: Final = (
     alias(f"{POLICY}.load", of=f"{TRAINER}.load"),
     alias(f"{POLICY}.trust_remote_code", of=f"{TRAINER}.trust_remote_code"),
     alias(f"{POLICY}.max_new_tokens", of=f"{POLICY}.max_response_tokens_length"),
-    refused(f"{POLICY}.top_p", (1,), _TRUNCATED),
-    refused(f"{POLICY}.top_k", (-1, 0), _TRUNCATED),
-    refused(f"{POLICY}.min_p", (0,), _TRUNCATED),
-    refused(f"{POLICY}.presence_penalty", (0,), _TRUNCATED),
-    refused(f"{POLICY}.frequency_penalty", (0,), _TRUNCATED),
-    refused(f"{POLICY}.repetition_penalty", (1,), _TRUNCATED),
     refused(f"{POLICY}.is_sync_mode", (True,), f"the asynchronous SGLang engine is {_NOT_YET}"),
     refused(f"{POLICY}.pipeline_model_parallel_size", (1,), "engines are split by tensor parallelism only"),
     refused(f"{POLICY}.expert_model_parallel_size", (1,), "engines are split by tensor parallelism only"),
@@ -195,6 +192,15 @@ _TRAINER: Final = (
         "keep_on_host",
     ),
     *honoured(f"{TRAINER}.lora", "rank", "alpha", "target_modules"),
+    *honoured(
+        f"{TRAINER}.rollout_correction",
+        "token",
+        "token_low",
+        "token_high",
+        "sequence",
+        "sequence_low",
+        "sequence_high",
+    ),
     *honoured(f"{TRAINER}.free_gpu_memory", "offload_weights", "offload_optimizer_states"),
     alias(f"{TRAINER}.train_micro_batch_size", of=f"{RUNTIME}.train_micro_batch_size"),
     Fate(
@@ -205,7 +211,6 @@ _TRAINER: Final = (
         meanings={True: "gspo", False: None},
     ),
     refused(f"{TRAINER}.trainable", (True,), "the policy trainer is what trains"),
-    refused(f"{TRAINER}.rollout_correction", (None, False), f"rollout correction is {_NOT_YET}"),
     *inert(f"{TRAINER}.free_gpu_memory", "gradients never outlive a step", "free_grad_buffers"),
 )
 
@@ -317,14 +322,3 @@ FATES: Final[tuple[Fate, ...]] = (
 )
 
 FATE_OF: Final[dict[str, Fate]] = {row.key: row for row in FATES}
-
-# Keys below these are refused as a whole; which of them will exist is not settled.
-REFUSED_SECTIONS: Final = (f"{TRAINER}.rollout_correction",)
-
-
-def fate_of(key: str) -> Fate | None:
-    """The row that speaks of ``key``, or None for a key that nobody knows."""
-    for section in REFUSED_SECTIONS:
-        if key.startswith(f"{section}."):
-            return FATE_OF[section]
-    return FATE_OF.get(key)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from chatlearn.config.aliases import disagreements, settle, translate
 from chatlearn.config.checks import cross_problems
 from chatlearn.config.complaints import refusals, show, unknown_key, validation_problems
-from chatlearn.config.fates import FATES, fate_of
+from chatlearn.config.fates import FATE_OF, FATES
 from chatlearn.config.schema import GrpoConfig, Origin
 from chatlearn.config.sections import SCHEMA_KEYS, SCHEMA_SECTIONS, SECTIONS, default_leaves
 from chatlearn.config.text import file_leaves, override_leaves
@@ -58,7 +58,7 @@ def _known(leaves: Mapping[str, object], problems: list[str], nothing: Sequence[
     """
     known: dict[str, object] = {}
     for key, value in leaves.items():
-        if fate_of(key) is not None:
+        if key in FATE_OF:
             known[key] = value
         elif key not in SECTIONS:
             problems.append(unknown_key(key))

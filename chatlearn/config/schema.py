@@ -127,17 +127,17 @@ class PolicyArgs(Section):
     temperature: PositiveNumber = 1.0
     """Sampling temperature; the trainer divides its logits by it too."""
     top_p: Fraction = 1.0
-    """Smallest probability mass to sample from."""
+    """Smallest probability mass to sample from; training with less than 1 needs a `rollout_correction`."""
     top_k: TopK = -1
-    """Number of likeliest tokens to sample from; -1 for all."""
+    """Number of likeliest tokens to sample from, -1 for all; training with fewer needs a `rollout_correction`."""
     min_p: BelowOne = 0.0
-    """Least probability of a token, relative to the likeliest."""
+    """Least probability of a token, relative to the likeliest; training with one needs a `rollout_correction`."""
     presence_penalty: Penalty = 0.0
-    """Penalty for tokens that occurred."""
+    """Penalty for tokens that occurred; training with one needs a `rollout_correction`."""
     frequency_penalty: Penalty = 0.0
-    """Penalty for tokens by how often they occurred."""
+    """Penalty for tokens by how often they occurred; training with one needs a `rollout_correction`."""
     repetition_penalty: PositiveNumber = 1.0
-    """Factor against tokens that occurred; 1 for none."""
+    """Factor against tokens that occurred, 1 for none; training with one needs a `rollout_correction`."""
     eval_temperature: NonNegative = 0.6
     """Temperature of evaluation; 0 takes the likeliest token."""
     eval_top_p: Fraction = 0.95

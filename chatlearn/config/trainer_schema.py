@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from chatlearn.config.value_types import BelowOne, Count, NonNegative, Positive, PositiveNumber, Section, Text, as_tuple
+from chatlearn.config.value_types import (
+    AtLeastOne,
+    AtMostOne,
+    BelowOne,
+    Count,
+    NonNegative,
+    Positive,
+    PositiveNumber,
+    Section,
+    Text,
+    Weighing,
+    as_tuple,
+)
 
 
 class TrainerMemory(Section):
@@ -63,6 +75,23 @@ class LoraArgs(Section):
     """Last names of the linear layers that get one, such as `q_proj`; empty: all of the decoder's."""
 
 
+class CorrectionArgs(Section):
+    """Weights for answers that the engine sampled from another distribution than the trainer scores."""
+
+    token: Weighing = "off"
+    """Weigh a token's policy loss by its ratio trainer/engine, cut to the bounds (`truncate`) or 0 outside (`mask`)."""
+    token_low: AtMostOne | None = None
+    """Lower bound of the ratio; absent: 0 for `truncate`, 0.5 for `mask`."""
+    token_high: AtLeastOne | None = None
+    """Upper bound of the ratio, `.inf` for none; absent: 2 for `truncate`, 5 for `mask`."""
+    sequence: Weighing = "off"
+    """Weigh an answer by the product of its ratios (`truncate`), or drop it by their geometric mean (`mask`)."""
+    sequence_low: AtMostOne | None = None
+    """Lower bound of product or mean; absent: 0 for `truncate`, 0.95 for `mask`."""
+    sequence_high: AtLeastOne | None = None
+    """Upper bound of product or mean, `.inf` for none; absent: 2 for `truncate`, 1.05 for `mask`."""
+
+
 class TrainerArgs(Section):
     """The policy trainer: FSDP2 over `num_gpu` ranks."""
 
@@ -110,6 +139,7 @@ class TrainerArgs(Section):
     """Write a Hugging Face directory into every checkpoint."""
     optimizer: OptimizerArgs = OptimizerArgs()
     lora: LoraArgs = LoraArgs()
+    rollout_correction: CorrectionArgs = CorrectionArgs()
     free_gpu_memory: TrainerMemory = TrainerMemory()
 
 

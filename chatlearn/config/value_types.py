@@ -29,7 +29,13 @@ def as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def as_switch(value: object) -> object:
+    """YAML reads ``off`` as False; where ``off`` is one of several words, that is its own spelling."""
+    return "off" if value is False else value
+
+
 Text = Annotated[str, BeforeValidator(as_text)]
+Weighing = Annotated[Literal["off", "truncate", "mask"], BeforeValidator(as_switch)]
 Role = Literal["policy", "policy_trainer", "ref_policy", "reward", "partial_rollout_manager", "rollout_manager"]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -37,6 +43,8 @@ PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+AtMostOne = Annotated[float, Field(ge=0, le=1)]
+AtLeastOne = Annotated[float, Field(ge=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TopK = Annotated[int, Field(ge=-1)]
 

@@ -18,8 +18,9 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from chatlearn.device import to_device
 from chatlearn.errors import RunError
-from chatlearn.models.ulysses import SequenceGroup, to_slice_of_heads, to_slice_of_tokens
+from chatlearn.models.ulysses import SequenceGroup, repeated, to_slice_of_heads, to_slice_of_tokens
 
 PACKED_ATTENTION = "chatlearn_packed"
 
@@ -44,8 +45,8 @@ class PackedLayout:
     @staticmethod
     def of(lengths: tuple[int, ...], device: torch.device, sequence: SequenceGroup | None = None) -> PackedLayout:
         """The layout of sequences that follow each other without a gap; T is the sum of their lengths."""
-        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-        return PackedLayout(lengths, offsets, sequence)
+        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return PackedLayout(lengths, to_device(offsets, device), sequence)
 
 
 def register_packed_attention() -> None:
@@ -110,8 +111,12 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, scaling: float, packed: P
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, scaling: float, packed: PackedLayout) -> Tensor:
+    if query.device.type != "cpu":  # where the only kernel that takes fewer key heads makes a table of all pairs
+        key, value = (repeated(stream, query.shape[1] // key.shape[1]) for stream in (key, value))
+    shares_key_heads = query.shape[1] != key.shape[1]
     streams = zip(*(stream.split(packed.lengths, dim=2) for stream in (query, key, value)), strict=True)
     attended = [
-        scaled_dot_product_attention(*stream, is_causal=True, scale=scaling, enable_gqa=True) for stream in streams
+        scaled_dot_product_attention(*stream, is_causal=True, scale=scaling, enable_gqa=shares_key_heads)
+        for stream in streams
     ]
     return torch.cat(attended, dim=2).transpose(1, 2)

@@ -186,9 +186,16 @@ def describe_steps(steps: Sequence[StepStats]) -> dict[str, float]:
         "numerics/rollout_logprob_diff_max": max(step.rollout_logprob_diff_max for step in steps),
         "numerics/rollout_kl": mean(step.rollout_kl for step in steps),
     }
-    agreements = [step.router_agreement for step in steps if step.router_agreement is not None]
-    if agreements:
-        numbers["numerics/router_agreement"] = float(np.mean(agreements))
+    optional = {
+        "numerics/router_agreement": [step.router_agreement for step in steps],
+        "rollout_correction/ess": [step.correction_ess for step in steps],
+        "rollout_correction/masked_ratio": [step.correction_masked_ratio for step in steps],
+        "rollout_correction/weight_mean": [step.correction_weight_mean for step in steps],
+    }
+    for name, values in optional.items():
+        told = [value for value in values if value is not None]
+        if told:
+            numbers[name] = float(np.mean(told))
     return numbers
 
 

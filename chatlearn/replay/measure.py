@@ -15,7 +15,7 @@ from chatlearn import device
 from chatlearn.batch.pack import pack
 from chatlearn.checkpoint.capsule import Capsule, read_adapter, read_capsule
 from chatlearn.checkpoint.sharded import load_random_states
-from chatlearn.errors import ConfigError
+from chatlearn.errors import CheckpointError, ConfigError
 from chatlearn.models.router_replay import share_agreeing
 from chatlearn.trainer.adapter import load_adapter
 from chatlearn.trainer.optimizer import gradient_norm
@@ -112,7 +112,19 @@ def _load(trial: Trial, capsule: Capsule) -> PolicyTrainer:
     device.empty_cache(trial.device_kind)
     model = ShardedModel.load(trial.model, trial.plan, trainable=True)
     if trial.adapter_file is not None:
-        load_adapter(model.module, read_adapter(trial.adapter_file))
+        _put_back(trial.adapter_file, model)
     if capsule.num_ranks == trial.plan.num_ranks:
         load_random_states(trial.directory, model.module)
     return PolicyTrainer(model, trial.optimizer, trial.objective)
+
+
+def _put_back(adapter_file: Path, model: ShardedModel) -> None:
+    """Give the model its adapter of before the step. The file is whole, so what does not fit is what was asked for."""
+    kept = read_adapter(adapter_file)
+    try:
+        load_adapter(model.module, kept)
+    except CheckpointError as error:
+        raise ConfigError(
+            f"models.policy_trainer.lora: {error}; leave rank and target_modules as they were in the run that recorded "
+            f"{adapter_file}"
+        ) from None

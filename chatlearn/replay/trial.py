@@ -18,6 +18,7 @@ from chatlearn.config.schema import GrpoConfig
 from chatlearn.device import DeviceKind
 from chatlearn.errors import ConfigError
 from chatlearn.models.family import family_of
+from chatlearn.models.naming import ModelFamily
 from chatlearn.models.pretrained import read_configuration
 from chatlearn.trainer.build import ModelSpec
 from chatlearn.trainer.objective import Objective
@@ -51,10 +52,12 @@ def trial_of(capsule: Capsule, overrides: Sequence[str], num_ranks: int) -> Tria
     What the run spread over its ranks is fitted to today's, unless an override says otherwise. Data, output and the
     engines of the run are not looked at. Raises ``ConfigError`` for overrides that are wrong or cannot be had here.
     """
-    family_of(capsule.model_dir)
-    written = read_config(capsule.config_file)
+    family = family_of(capsule.model_dir)
+    written = _recorded_config(capsule)
     config = read_config(capsule.config_file, [*fitting_words(written, num_ranks), *overrides])
+    _require_own_weights(capsule, written, config)
     _require_possible(capsule, config, num_ranks)
+    _require_experts(capsule, config, family)
     read_configuration(
         "the capsule", capsule.model_dir, trust_remote_code=config.models.policy_trainer.trust_remote_code
     )
@@ -90,6 +93,25 @@ def fitting_words(config: GrpoConfig, num_ranks: int) -> list[str]:
     ]
 
 
+def _recorded_config(capsule: Capsule) -> GrpoConfig:
+    """The configuration of the run. It may have been edited since, so what is wrong with it names the file."""
+    try:
+        return read_config(capsule.config_file)
+    except ConfigError as error:
+        file = str(capsule.config_file)
+        raise ConfigError(*(text if file in text else f"{file}: {text}" for text in error.problems)) from None
+
+
+def _require_own_weights(capsule: Capsule, written: GrpoConfig, config: GrpoConfig) -> None:
+    """What is replayed are the weights before the step; whoever names others would get these without a word."""
+    load = config.models.policy_trainer.load
+    if load != written.models.policy_trainer.load:
+        raise ConfigError(
+            f"{TRAINER}.load={load} has no effect: the weights of the step are in {capsule.model_dir}; leave the key "
+            "out"
+        )
+
+
 def _require_possible(capsule: Capsule, config: GrpoConfig, num_ranks: int) -> None:
     trainer = config.models.policy_trainer
     if trainer.num_gpu != num_ranks:
@@ -99,7 +121,7 @@ def _require_possible(capsule: Capsule, config: GrpoConfig, num_ranks: int) -> N
         )
     if config.runtime_args.device == "cuda" and not visible_gpus():
         raise ConfigError(
-            "runtime_args.device=cuda, as it was in the run, and this machine shows no GPU; add runtime_args.device=cpu"
+            "runtime_args.device=cuda, here or in the run, and this machine shows no GPU; add runtime_args.device=cpu"
         )
     if trainer.kl_coef > 0 and any(sample.ref_logprobs is None for sample in capsule.samples):
         raise ConfigError(
@@ -108,4 +130,22 @@ def _require_possible(capsule: Capsule, config: GrpoConfig, num_ranks: int) -> N
         )
     if (trainer.lora.rank > 0) != (capsule.adapter_file is not None):
         has = "has no adapter" if capsule.adapter_file is None else "was recorded with one"
-        raise ConfigError(f"{TRAINER}.lora.rank={trainer.lora.rank}: the capsule {capsule.directory} {has}")
+        raise ConfigError(
+            f"{TRAINER}.lora.rank={trainer.lora.rank}: the capsule {capsule.directory} {has}; leave the key out"
+        )
+
+
+def _require_experts(capsule: Capsule, config: GrpoConfig, family: ModelFamily) -> None:
+    """What is for mixtures of experts would have no effect on another model, nor would routes that nobody recorded."""
+    trainer = config.models.policy_trainer
+    for name, value in (("groupgemm", trainer.groupgemm), ("router_replay", trainer.router_replay)):
+        if value is not False and family.experts is None:
+            raise ConfigError(
+                f"{TRAINER}.{name}={value} is for mixtures of experts, and the capsule {capsule.directory} holds a "
+                f"{family.architecture}; use False"
+            )
+    if trainer.router_replay is not False and any(sample.routed_experts is None for sample in capsule.samples):
+        raise ConfigError(
+            f"{TRAINER}.router_replay={trainer.router_replay} needs the experts that the engine chose, and the capsule "
+            f"{capsule.directory} has none; use False"
+        )

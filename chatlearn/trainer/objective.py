@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from chatlearn.algorithm.aggregate import token_mean
+from chatlearn.algorithm.correction import Correction, importance_weights
 from chatlearn.algorithm.kl import k3
 from chatlearn.algorithm.loss import ClipRange, LossInputs, PolicyLoss, clip_fraction
+from chatlearn.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,12 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Objective:
-    """``policy loss + kl_coef * KL(policy || reference) - entropy_coef * entropy``, each a mean over loss tokens."""
+    """``policy loss + kl_coef * KL(policy || reference) - entropy_coef * entropy``, each a mean over loss tokens.
+
+    ``correction`` weighs the policy loss of each token, and neither of the other two. The denominator stays the number
+    of loss tokens, also of those that weigh nothing.
+    """
 
     loss: PolicyLoss
     clip: ClipRange
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    correction: Correction | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +39,8 @@ class Parts:
     """Parts of means over the loss tokens of the whole batch, scalars; added up over micro-batches they are the means.
 
     ``rollout_*`` compare the engine with the trainer on the same weights: they use the old log-probabilities, which
-    are those of the weights that sampled. Only ``loss`` carries a gradient.
+    are those of the weights that sampled. ``correction_*`` are means of the importance weights, which are 1 without a
+    correction, of their squares, and of those that are 0. Only ``loss`` carries a gradient.
     """
 
     loss: Tensor
@@ -42,6 +50,9 @@ class Parts:
     clip_fraction: Tensor
     rollout_logprob_diff_mean: Tensor
     rollout_kl: Tensor
+    correction_weight_mean: Tensor
+    correction_weight_square_mean: Tensor
+    correction_masked_ratio: Tensor
 
     def stacked(self) -> Tensor:
         """All numbers in one float64 vector without gradient, to be added up and sent in one piece."""
@@ -61,7 +72,10 @@ def objective_parts(
         loss_mask=mask,
         lengths=micro_batch.lengths,
     )
-    pg_loss = token_mean(objective.loss(inputs, objective.clip), mask, num_loss_tokens)
+    rollout = micro_batch.rollout_logprobs
+    correction = objective.correction
+    weights = torch.ones_like(rollout) if correction is None else importance_weights(inputs, rollout, correction)
+    pg_loss = token_mean(weights * loss_per_token(objective, inputs), mask, num_loss_tokens)
     if micro_batch.ref_logprobs is None:
         kl_loss = torch.zeros_like(pg_loss)
     else:
@@ -69,7 +83,6 @@ def objective_parts(
         kl_loss = token_mean(k3(logprobs, reference), mask, num_loss_tokens)
     # Without a weight on it the entropy is only watched, and its half of the backward pass is not computed.
     entropy_mean = token_mean(entropy if objective.entropy_coef else entropy.detach(), mask, num_loss_tokens)
-    rollout = micro_batch.rollout_logprobs
     return Parts(
         loss=pg_loss + objective.kl_coef * kl_loss - objective.entropy_coef * entropy_mean,
         pg_loss=pg_loss,
@@ -78,7 +91,21 @@ def objective_parts(
         clip_fraction=clip_fraction(objective.loss, inputs, objective.clip, num_loss_tokens),
         rollout_logprob_diff_mean=token_mean((rollout - old_logprobs).abs(), mask, num_loss_tokens),
         rollout_kl=token_mean(k3(rollout, old_logprobs), mask, num_loss_tokens),
+        correction_weight_mean=token_mean(weights, mask, num_loss_tokens),
+        correction_weight_square_mean=token_mean(weights.square(), mask, num_loss_tokens),
+        correction_masked_ratio=token_mean((weights == 0).to(weights.dtype), mask, num_loss_tokens),
     )
+
+
+def loss_per_token(objective: Objective, inputs: LossInputs) -> Tensor:
+    """The policy loss, [T]. One of a user's own that is averaged already would be weighed anew for every token."""
+    losses = objective.loss(inputs, objective.clip)
+    if losses.shape != inputs.logprobs.shape:
+        raise ConfigError(
+            f"models.policy_trainer.loss: the function returned a tensor of shape {tuple(losses.shape)} for "
+            f"{len(inputs.logprobs)} tokens; return one number per token, the trainer averages them itself"
+        )
+    return losses
 
 
 def old_logprobs_of(micro_batch: MicroBatch, logprobs: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     from chatlearn.batch.pack import MicroBatch
 
-# How torch's allocator of host memory begins its complaint, which has no class of its own.
-HOST_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
+# Of those who take memory past torch's allocator of the device, and whose complaints have no class of their own: the
+# allocator of host memory; the driver, also for pinned memory, and the collectives; the libraries of products.
+COMPLAINTS = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 SMALLER_BATCH = (
     "with models.policy_trainer.packing=True, lower models.policy_trainer.max_token_in_packing",
@@ -76,7 +77,7 @@ def advice_about_update() -> Generator[None]:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch could not get memory, from the device or from the host."""
-    return isinstance(error, torch.OutOfMemoryError) or HOST_ALLOCATOR in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(complaint in str(error) for complaint in COMPLAINTS)
 
 
 def _described(micro_batch: MicroBatch) -> str:

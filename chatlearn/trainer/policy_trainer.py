@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from chatlearn.algorithm.correction import effective_sample_share
 from chatlearn.models.router_replay import RouterTally, share_agreeing
 from chatlearn.records import StepStats
 from chatlearn.trainer.load import whole
@@ -82,7 +83,7 @@ class PolicyTrainer:
                 parts.loss.backward()
             largest = torch.maximum(largest, largest_rollout_difference(here, logprobs))
             if self.model.counts:
-                sums += torch.cat([parts.stacked(), sums.new_tensor([num_real_tokens(micro_batch)])])
+                sums += torch.cat([parts.stacked(), sums.new_full((1,), num_real_tokens(micro_batch))])
         *means, num_tokens = sum_over_ranks(sums).unbind()
         # Each rank of a sequence group routes a slice of the tokens, so here all of them count.
         routing = sum_over_ranks(tally.sums(self.model.device))
@@ -103,16 +104,20 @@ class PolicyTrainer:
     def _prepare_backward(self, *, is_last: bool) -> None:
         """Say whether the coming backward pass sends its gradients, or keeps them whole for the next one to add to.
 
-        A large model always sends: its whole gradient would not fit.
+        A large model always sends: its whole gradient would not fit. Replicas add up their shards of it once, at the
+        end; not where shards live on the host, for until then they are on the device.
         """
         communicates = is_last or not self.model.stays_whole
         module = self.model.module
         assert isinstance(module, FSDPModule), "build() shards the whole module"
         module.set_requires_gradient_sync(communicates)
+        module.set_requires_all_reduce(is_last or self.model.spec.on_host)
         module.set_reshard_after_backward(communicates)
 
     def _stats(self, sums: StepSums, grad_norm: float, num_loss_tokens: int) -> StepStats:
         means = sums.parts
+        weight_mean, corrects = means.correction_weight_mean.item(), self.objective.correction is not None
+        ess = effective_sample_share(weight_mean, means.correction_weight_square_mean.item())
         return StepStats(
             loss=means.loss.item(),
             pg_loss=means.pg_loss.item(),
@@ -127,6 +132,9 @@ class PolicyTrainer:
             rollout_logprob_diff_max=sums.largest_rollout_difference.item(),
             rollout_kl=means.rollout_kl.item(),
             router_agreement=share_agreeing(sums.routing),
+            correction_ess=ess if corrects else None,
+            correction_masked_ratio=means.correction_masked_ratio.item() if corrects else None,
+            correction_weight_mean=weight_mean if corrects else None,
         )
 
 

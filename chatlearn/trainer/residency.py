@@ -45,11 +45,11 @@ class Residency:
             self._weights_at_home = False
 
     def send_weights_home(self) -> None:
-        """To the host, and give the memory back to the device for others."""
+        """To the host, and give the memory back to the device for others: also what a step left of a model at home."""
         if self.moves and not self._weights_at_home:
             self._move_weights(self._weight_places.of)
             self._weights_at_home = True
-            device.empty_cache(self.model.device_kind)
+        device.empty_cache(self.model.device_kind)
 
     def bring_optimizer(self) -> None:
         """To the device: needed, with the weights, for a step."""

@@ -101,9 +101,9 @@ class ShardedModel:
         scores: list[Tensor] = []
         for micro_batch in micro_batches:
             with advice_about_scoring(micro_batch):
-                scores.append(self.score(micro_batch.to(self.device))[0].cpu())
+                scores.append(self.score(micro_batch.to(self.device))[0])
         self._release_gathered_weights()
-        return scores
+        return [score.cpu() for score in scores]  # only now: to read one is to wait for the device
 
     def base_logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """The same under the weights that the adapter was put on: this model is then its own reference."""

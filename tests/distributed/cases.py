@@ -15,6 +15,7 @@ from tiny_models import VOCABULARY
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from chatlearn.algorithm.correction import Correction
 from chatlearn.algorithm.loss import POLICY_LOSSES, ClipRange
 from chatlearn.batch.pack import MicroBatch, TrainBatch, pack, unpack
 from chatlearn.batch.plan import BatchLayout
@@ -39,6 +40,7 @@ class Setup:
     loss: str = "grpo"
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    correction: Correction | None = None
     clip_grad: float = 1.0
     lr: float = 1e-4
     temperature: float = 1.3
@@ -74,7 +76,7 @@ class Setup:
 
     def objective(self) -> Objective:
         clip = ClipRange(low=0.2, high=0.28, max_log_ratio=10.0, dual=3.0)
-        return Objective(POLICY_LOSSES[self.loss], clip, self.kl_coef, self.entropy_coef)
+        return Objective(POLICY_LOSSES[self.loss], clip, self.kl_coef, self.entropy_coef, self.correction)
 
     def optimizer(self) -> OptimizerSpec:
         return OptimizerSpec(self.lr, weight_decay=0.1, beta1=0.9, beta2=0.95, clip_grad=self.clip_grad)

@@ -60,6 +60,17 @@ def outcome(model: ShardedModel, setup: Setup, samples: Sequence[Sample]) -> Out
     return Outcome(numbers, gradients if dist.get_rank() == 0 else {})
 
 
+def sums_over_replicas(setup: Setup, samples: Sequence[Sample]) -> tuple[int, int]:
+    """How many micro-batches this rank has, and how often a step adds up gradients over replicas."""
+    model = ShardedModel.load(setup.spec(), setup.plan(), trainable=True)
+    trainer = PolicyTrainer(model, setup.optimizer(), setup.objective())
+    batch = mine(setup, samples)
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        trainer.accumulate(my_share(setup, batch), batch.num_loss_tokens)
+    # The trainer's own sums are over the group of all ranks, which it does not name.
+    return len(my_share(setup, batch)), sum("group" in call.kwargs for call in all_reduce.call_args_list)
+
+
 def relative_differences(found: Outcome, expected: Outcome) -> dict[str, float]:
     """How far each number and gradient is from what is expected.
 

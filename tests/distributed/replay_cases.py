@@ -13,8 +13,11 @@ from torch import Tensor
 from chatlearn.algorithm.loss import ClipRange, LossInputs, clipped_surrogate
 from chatlearn.checkpoint.capsule import walk, write_weights
 from chatlearn.checkpoint.sharded import save_random_states
+from chatlearn.errors import ConfigError
 from chatlearn.models.lora import LoraSpec
 from chatlearn.records import Sample, StepStats
+from chatlearn.replay.measure import measure
+from chatlearn.replay.trial import Trial
 from chatlearn.trainer.adapter import adapter_weights
 from chatlearn.trainer.build import ModelSpec
 
@@ -46,3 +49,12 @@ def record_second_step(setup: RecordedSetup, samples: Sequence[Sample], staging:
 def loss_of_the_split(inputs: LossInputs, clip: ClipRange) -> Tensor:
     """The fault: a token weighs more, the more sequences share its micro-batch."""
     return clipped_surrogate(inputs, clip) * (1 + 0.001 * len(inputs.lengths))
+
+
+def refusal(trial: Trial) -> str:
+    """What a replay says that cannot be; nothing where it can."""
+    try:
+        measure(trial)
+    except ConfigError as error:
+        return str(error)
+    return ""

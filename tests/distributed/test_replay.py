@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cases import random_samples
 from gang import Gang, GangOf
-from replay_cases import RecordedSetup, loss_of_the_split, record_second_step
+from replay_cases import RecordedSetup, loss_of_the_split, record_second_step, refusal
 
 from chatlearn.checkpoint.capsule import CapsuleFacts, begin_capsule, publish_capsule, read_capsule
 from chatlearn.config.read import read_config
@@ -109,6 +109,9 @@ def test_a_replay_of_an_adapter_takes_its_gradient(gang_of: GangOf, record: Reco
     difference = yardstick.hold(FirstAnswer(gang_of(2)), rung, SAME_NUMBERS)
     assert difference.within(SAME_NUMBERS.tolerance), difference
     assert ".lora_" in difference.worst, "the base has no gradient"
+    (said,) = gang_of(1).run(refusal, trial_of(capsule, ["models.policy_trainer.lora.rank=2"], 1))
+    assert "models.policy_trainer.lora: " in said
+    assert "was kept with shape (3, " in said
 
 
 def test_master_weights_are_recorded_in_full(gang_of: GangOf, record: Record) -> None:

@@ -236,6 +236,31 @@ def test_step_equals_plain_torch(gang_of: GangOf, models: dict[str, Path], model
         assert cases.worst_difference(trained, weights) < WEIGHTS
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "changes"),
+    [(1, {}), (1, {"whole_below_bytes": 0}), (2, {"fsdp_size": 1, "whole_below_bytes": 0})],
+)
+def test_half_precision_loses_nothing_between_micro_batches(
+    gang_of: GangOf, models: dict[str, Path], num_ranks: int, changes: dict[str, object]
+) -> None:
+    """Thirty-two times the same sample in micro-batches of its own: as a power of two it changes no rounding but that
+    of the sum, which bfloat16 would get wrong in its third digit."""
+    setup = Setup(models["tied"], compute_dtype="bfloat16", max_tokens=1)
+    one = cases.random_samples(1, seed=5)
+    expected = gang_of(1).run(gradients.outcomes, setup, one, {"": {}})[0][""]
+    found = gang_of(num_ranks).run(gradients.outcomes, replace(setup, **changes), one * 32, {"": {}})[0][""]
+    differences = relative_differences(found, expected)
+    assert max(differences[name] for name in expected.gradients) <= RELATIVE, differences
+
+
+def test_replicas_add_up_once_a_step(gang_of: GangOf, models: dict[str, Path], samples: list[Sample]) -> None:
+    """One sum for each of two blocks and for the rest, however many micro-batches there are."""
+    setup = Setup(models["tied"], fsdp_size=1, whole_below_bytes=0, max_tokens=1)
+    for num_micro_batches, num_sums in gang_of(2).run(gradients.sums_over_replicas, setup, samples):
+        assert num_micro_batches == len(samples) / 2
+        assert num_sums == 3
+
+
 def test_training_moves_the_weights(gang_of: GangOf, models: dict[str, Path], samples: list[Sample]) -> None:
     """The other laws would hold for a trainer that does nothing."""
     setup = Setup(models["tied"])

@@ -21,6 +21,7 @@ from chatlearn.checkpoint.capsule import (
     begin_capsule,
     changed_versions,
     discard_capsule,
+    num_bad_in_a_row,
     read_capsule,
     verify_capsule,
 )
@@ -47,6 +48,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def capsule(whole: Path, tmp_path: Path) -> Path:
     """A copy to spoil."""
     return Path(shutil.copytree(whole, tmp_path / whole.name))
+
+
+def test_bad_steps_are_counted_backwards_from_the_last(tmp_path: Path) -> None:
+    reasons = {3: "bad step", 5: "bad step", 6: "bad step", 7: "bad step", 8: "interval"}
+    for iteration, reason in reasons.items():
+        folder = tmp_path / f"iteration_{iteration:06d}"
+        folder.mkdir()
+        (folder / "capsule.json").write_text(json.dumps({"reason": reason}))
+    assert {iteration: num_bad_in_a_row(tmp_path, iteration) for iteration in range(3, 10)} == {
+        3: 1, 4: 0, 5: 1, 6: 2, 7: 3, 8: 0, 9: 0,
+    }  # fmt: skip
 
 
 @st.composite
@@ -148,10 +160,13 @@ def test_a_flipped_bit_is_found(capsule: Path) -> None:
         verify_capsule(read_capsule(capsule))
 
 
-def test_another_folder_is_no_capsule(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ConfigError, match="is no capsule"):
-            read_capsule(folder)
+def test_something_else_is_no_capsule(tmp_path: Path) -> None:
+    file = tmp_path / "capsule.json"
+    file.write_text("{}")
+    others = {tmp_path / "nowhere": "does not exist", file: "is a file", tmp_path.parent: "capsule.json is missing"}
+    for path, found in others.items():
+        with pytest.raises(ConfigError, match=rf"{found}; give a folder such as"):
+            read_capsule(path)
 
 
 def test_a_capsule_of_another_version_is_refused(capsule: Path) -> None:

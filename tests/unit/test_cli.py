@@ -112,6 +112,13 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return said
 
 
+def test_layers_to_adapt_are_looked_for_before_the_start(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = ["models.policy_trainer.lora.rank=2", "models.policy_trainer.lora.target_modules=[q_proj,lm_head]"]
+    said = refused([*words, *adapter], capsys)
+    assert "models.policy_trainer.lora.target_modules: " in said
+    assert "no linear layer called lm_head; they have down_proj" in said
+
+
 def _cut(name: str) -> Callable[[Path], None]:
     """A download that stopped half way."""
 

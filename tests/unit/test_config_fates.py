@@ -58,7 +58,10 @@ runtime_args.over_sampling_ratio runtime_args.numerics_gate runtime_args.progres
 runtime_args.keep_best models.policy_trainer.loss models.policy_trainer.optimizer.decay_norms_and_biases
 models.policy_trainer.optimizer.state_dtype models.policy_trainer.optimizer.keep_on_host models.reward.function
 models.reward.deadline_s
-models.policy_trainer.rollout_correction models.policy_trainer.router_replay
+models.policy_trainer.rollout_correction.token models.policy_trainer.rollout_correction.token_low
+models.policy_trainer.rollout_correction.token_high models.policy_trainer.rollout_correction.sequence
+models.policy_trainer.rollout_correction.sequence_low models.policy_trainer.rollout_correction.sequence_high
+models.policy_trainer.router_replay
 models.policy_trainer.lora.rank models.policy_trainer.lora.alpha models.policy_trainer.lora.target_modules
 models.policy_trainer.optimizer.schedule models.policy_trainer.optimizer.warmup_iterations models.policy.min_p
 models.policy.eval_min_p runtime_args.eval_samples_per_prompt"""

@@ -112,19 +112,33 @@ def test_all_mistakes_are_reported_at_once(file: Path) -> None:
          "runtime_args.log_args_dict.enable_wandb?"),
         ("runtime_args.rollout_engine=vllm", "unknown key runtime_args.rollout_engine; did you mean "
          "runtime_args.rollout_backend?"),
+        ("models.policy_trainer.lora.dropout=0.1", "unknown key models.policy_trainer.lora.dropout; the keys of "
+         "models.policy_trainer.lora are alpha, rank, target_modules"),
         ("qqq=1", "unknown key qqq; docs/config.md lists all keys"),
         ("models.ref_policy=null", "models.ref_policy=null must be a section with keys of its own; "
          "docs/config.md lists them"),
         ("runtime_args.rollout_backend=sglang", "runtime_args.rollout_backend=sglang is refused: "
          "SGLang is not supported in this version"),
-        ("models.policy_trainer.rollout_correction.mode=tis", "models.policy_trainer.rollout_correction.mode=tis is "
-         "refused: rollout correction is not supported in this version; remove it"),
+        ("runtime_args.profiler_dir=traces", "runtime_args.profiler_dir=traces is refused: writing profiler traces is "
+         "not supported in this version; remove it"),
+        ("models.policy_trainer.rollout_correction=tis", "models.policy_trainer.rollout_correction=tis must be a "
+         "section with keys of its own; docs/config.md lists them"),
+        ("models.policy_trainer.rollout_correction.token_low=1.5", "models.policy_trainer.rollout_correction."
+         "token_low=1.5 must be at most 1.0"),
+        ("models.policy_trainer.rollout_correction.sequence_high=.nan", "models.policy_trainer.rollout_correction."
+         "sequence_high=nan must be at least 1.0"),
+        ("models.policy.top_p=0.9", "models.policy.top_p=0.9: the trainer scores the distribution that temperature "
+         "alone shapes, and would learn from answers of another one; leave it out, or set "
+         "models.policy_trainer.rollout_correction.token=truncate"),
         ("models.policy_trainer.ulysses_sequence_parallel_size=3", "models.policy_trainer."
          "ulysses_sequence_parallel_size=3 must divide num_gpu=2; use 1 or 2"),
         ("models.policy_trainer.fsdp_size=16", "models.policy_trainer.fsdp_size=16 must divide num_gpu=2; "
          "use 1 or 2"),
         ("models.policy_trainer.gradient_checkpointing=some", "models.policy_trainer.gradient_checkpointing=some must "
          "be True, False or 'selective'"),
+        ("models.policy_trainer.lora.target_modules=q_proj", "models.policy_trainer.lora.target_modules=[q_proj] "
+         "has no effect with models.policy_trainer.lora.rank=0, which trains all weights; set "
+         "models.policy_trainer.lora.rank, or leave it out"),
         ("models.policy_trainer.optimizer.min_lr=1e-7", "models.policy_trainer.optimizer.min_lr=1e-07 has no effect "
          "with models.policy_trainer.optimizer.schedule=constant; choose linear or cosine, or leave min_lr out"),
         ("models.policy_trainer.optimizer.warmup_iterations=100000",
@@ -143,6 +157,34 @@ def test_all_mistakes_are_reported_at_once(file: Path) -> None:
 )  # fmt: skip
 def test_a_mistake_names_the_key_what_was_found_and_the_cure(file: Path, override: str, message: str) -> None:
     assert message in problems_of(file, override)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    ["top_p=0.9", "top_k=20", "min_p=0.1", "presence_penalty=-1", "frequency_penalty=1", "repetition_penalty=2"],
+)
+def test_what_is_sampled_may_differ_where_its_answers_are_weighed(file: Path, sampling: str) -> None:
+    override, correction = f"models.policy.{sampling}", "models.policy_trainer.rollout_correction"
+    for weighing in ("token=truncate", "token=mask", "sequence=truncate"):
+        read_config(file, [override, f"{correction}.{weighing}"])
+    for not_weighing in ("token=off", "sequence=mask"):
+        (said,) = problems_of(file, override, f"{correction}.{not_weighing}")
+        assert said.startswith(override.partition("=")[0])
+
+
+def test_samplers_that_need_a_correction_are_named_in_one_message(file: Path) -> None:
+    (said,) = problems_of(file, "models.policy.top_p=0.9", "models.policy.min_p=0.1")
+    assert said.startswith("models.policy.top_p=0.9, models.policy.min_p=0.1: the trainer scores ")
+
+
+def test_a_product_and_its_factors_are_not_corrected_both(file: Path) -> None:
+    correction = "models.policy_trainer.rollout_correction"
+    read_config(file, [f"{correction}.token=truncate", f"{correction}.sequence=mask"])
+    (said,) = problems_of(file, f"{correction}.token=mask", f"{correction}.sequence=truncate")
+    assert said == (
+        f"{correction}.token=mask and {correction}.sequence=truncate would correct twice: the weight of a sequence "
+        "contains the ratios of its tokens; switch one of them off"
+    )
 
 
 def test_missing_keys_are_named_one_by_one(tmp_path: Path) -> None:

@@ -168,6 +168,19 @@ def test_router_agreement_is_there_where_an_engine_told_its_choices() -> None:
     assert "numerics/router_agreement" not in describe_steps([untold])
 
 
+def test_numbers_of_the_correction_are_there_where_one_is_on() -> None:
+    step = replace(step_of(100, 1.0), correction_ess=0.9, correction_masked_ratio=0.1, correction_weight_mean=1.2)
+    numbers = describe_steps([step])
+    told = {name: value for name, value in numbers.items() if name.startswith("rollout_correction/")}
+    assert told == {
+        "rollout_correction/ess": 0.9,
+        "rollout_correction/masked_ratio": 0.1,
+        "rollout_correction/weight_mean": 1.2,
+    }
+    off = replace(step, correction_ess=None, correction_masked_ratio=None, correction_weight_mean=None)
+    assert not any(name.startswith("rollout_correction/") for name in describe_steps([off]))
+
+
 def test_steps_without_loss_tokens_do_not_divide_by_zero() -> None:
     assert describe_steps([step_of(0, 1.0), step_of(0, 3.0)])["policy_trainer/loss"] == 2.0
 

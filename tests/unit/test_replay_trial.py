@@ -78,7 +78,10 @@ def test_code_of_a_capsule_is_not_run_unasked(capsule: Capsule) -> None:
         (f"{TRAINER}.num_gpu=2", "torchrun --nproc-per-node 2 -m chatlearn replay"),
         (f"{TRAINER}.fsdp_size=3", "fsdp_size=3 must divide num_gpu=1"),
         (f"{TRAINER}.kl_coef=0.1", "none; use models.policy_trainer.kl_coef=0"),
-        (f"{TRAINER}.lora.rank=4", "has no adapter"),
+        (f"{TRAINER}.lora.rank=4", "has no adapter; leave the key out"),
+        (f"{TRAINER}.load=/other/model", "load=/other/model has no effect: the weights of the step are in"),
+        (f"{TRAINER}.groupgemm=True", "groupgemm=True is for mixtures of experts, and the capsule"),
+        (f"{TRAINER}.router_replay=compare", "router_replay=compare is for mixtures of experts, and the capsule"),
         (f"{TRAINER}.los=gspo", "did you mean"),
         ("runtime_args.device=cuda", "add runtime_args.device=cpu"),
     ],
@@ -91,6 +94,14 @@ def test_what_cannot_be_is_refused(
     printed = capfd.readouterr()
     assert said in printed.err
     assert not printed.out
+
+
+def test_a_recorded_configuration_that_was_spoilt_is_named(tmp_path: Path) -> None:
+    folder = capsules.write_capsule(tmp_path, CapsuleFacts(1, 1, "interval", 1), [capsules.one_sample()], SPREAD)
+    capsule = read_capsule(folder)
+    capsule.config_file.write_text(capsule.config_file.read_text().replace("num_episode", "num_epsode"))
+    with pytest.raises(ConfigError, match=r"config\.yaml: unknown key runtime_args\.num_epsode; did you mean"):
+        trial_of(capsule, (), 1)
 
 
 def test_a_folder_that_is_no_capsule_is_a_wrong_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

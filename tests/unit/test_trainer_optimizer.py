@@ -239,7 +239,12 @@ def fail_on_host() -> None:
     torch.empty(2**60, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("fail", [fail_on_device, fail_on_host])
+def fail_in_the_driver() -> None:
+    """As pinned memory does, which torch's allocator of the device knows nothing of."""
+    raise RuntimeError("CUDA error: out of memory\nGPU 0 may report it late")
+
+
+@pytest.mark.parametrize("fail", [fail_on_device, fail_on_host, fail_in_the_driver])
 def test_too_large_a_micro_batch_names_what_to_change_in_order(fail: Callable[[], None]) -> None:
     with pytest.raises(RunError) as caught, advice_about(micro_batch_of(1200, 40)):
         fail()
