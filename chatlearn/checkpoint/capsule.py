@@ -23,13 +23,13 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal, cast
+from typing import Final, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chatlearn.checkpoint.documents import Document, integer, objects, read_document, require_schema, text
+from chatlearn.checkpoint.documents import inner, integer, objects, read_document, require_schema, text, texts
 from chatlearn.checkpoint.durable import (
     discard_staging,
     failures_named,
@@ -215,10 +215,10 @@ def read_capsule(directory: Path) -> Capsule:
         episode=integer(document, "episode", path),
         reason=text(document, "reason", path),
         num_ranks=num_ranks,
-        stats=_inner(document, "stats", path),
-        versions=_inner(document, "versions", path),
+        stats=inner(document, "stats", path),
+        versions=inner(document, "versions", path),
         files=files,
-        samples=read_samples(directory / SAMPLES_NAME, _texts(document, "prompt_uids", path)),
+        samples=read_samples(directory / SAMPLES_NAME, texts(document, "prompt_uids", path)),
     )
 
 
@@ -267,17 +267,3 @@ def _require_files(directory: Path, records: Sequence[FileRecord], needed: Seque
             raise CheckpointError(
                 f"{directory}: {record.name} has {size} bytes instead of {record.num_bytes}; the capsule is damaged"
             )
-
-
-def _inner(document: Document, key: str, path: Path) -> Document:
-    value = document.get(key)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: '{key}' is {value!r}; expected a JSON object")
-    return cast("Document", value)  # JSON's keys are always text
-
-
-def _texts(document: Document, key: str, path: Path) -> list[str]:
-    value = document.get(key)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in cast("list[object]", value)):
-        raise CheckpointError(f"{path}: '{key}' must be a list of texts; the file is damaged")
-    return cast("list[str]", value)  # checked one by one above
