@@ -29,6 +29,11 @@ def as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def as_off(value: object) -> object:
+    """YAML reads the word off as False."""
+    return "off" if value is False else value
+
+
 Text = Annotated[str, BeforeValidator(as_text)]
 Role = Literal["policy", "policy_trainer", "ref_policy", "reward", "partial_rollout_manager", "rollout_manager"]
 Count = Annotated[int, Field(ge=0)]
