@@ -48,7 +48,7 @@ def diagnose(bench: Bench) -> Verdict:
     tried: list[Trial] = []
     for trial in _trials(bench):
         tried.append(trial)
-        if trial.proven or trial.gap.within(tolerance):
+        if trial.explains(gap, tolerance):
             return Verdict(gap, tolerance, trial, tuple(tried))
     return Verdict(gap, tolerance, _most_telling(gap.mean, tried), tuple(tried), tuple(_remarks(bench)))
 

@@ -9,6 +9,9 @@ from chatlearn.numerics.gap import Gap
 # What a change leaves of the gap at most, for its cause to be named though something remains.
 MOST_OF_IT = 0.25
 
+# And at most for it to be the explanation: else a gap just above the tolerance would be laid to the first small change.
+HALF_OF_IT = 0.5
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -24,6 +27,10 @@ class Trial:
     advice: str
     gap: Gap
     proven: bool = False
+
+    def explains(self, before: Gap, tolerance: float) -> bool:
+        """Whether nothing needs to be looked for after this."""
+        return self.proven or (self.gap.within(tolerance) and self.gap.mean <= HALF_OF_IT * before.mean)
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Verdict:
 def explained(trial: Trial, tolerance: float) -> list[str]:
     """The lines about a cause that was found."""
     rest = f" ({trial.change}: {trial.gap.mean:.0e} nats are left)" if trial.change else ""
-    lines = [f"cause: {trial.cause}. {trial.finding}{rest}", f"what to do: {trial.advice}"]
+    lines = [f"cause: {trial.cause}: {trial.finding}{rest}", f"what to do: {trial.advice}"]
     if not trial.proven and not trial.gap.within(tolerance):
         lines.append("this explains most of the gap, but not all: mend it, and see what the next start says")
     return lines

@@ -48,7 +48,7 @@ class Plant:
     engine_weights: Callable[[Weights, Weights], Weights] | None = None  # of the trainer's and the stored ones
     mended_again: bool = False  # whether sending them again helps
     extra_token: int | None = None  # put in by the engine before the prompt
-    report: Callable[[Sample, "Plant"], Sample] | None = None
+    report: Callable[[Sample, Plant], Sample] | None = None
     broken_attention: bool = False
     changes: dict[str, Any] = field(default_factory=dict)  # of the facts
 

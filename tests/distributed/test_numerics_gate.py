@@ -19,7 +19,7 @@ FAULTS: dict[str, tuple[Plant, str, str]] = {
         Plant(plan=SamplingPlan(temperature=0.6, top_p=0.95, top_k=20)), "truncated sampling", "plan of evaluation",
     ),
     "top_p": (Plant(plan=SamplingPlan(top_p=0.8)), "truncated sampling", "top_p 0.8"),
-    "top_k": (Plant(plan=SamplingPlan(top_k=3)), "truncated sampling", "top_k 3,"),
+    "top_k": (Plant(plan=SamplingPlan(top_k=3)), "truncated sampling", "top_k 3 does"),
     "min_p": (Plant(plan=SamplingPlan(min_p=0.1)), "truncated sampling", "min_p 0."),
     "numbers of the token before": (Plant(report=planted.late), "shifted tokens", "before the one"),
     "a special token before the prompt": (Plant(extra_token=planted.END), "another prompt", "331 before the prompt"),
