@@ -46,16 +46,16 @@ def diagnose(bench: Bench) -> Verdict:
     if gap.within(tolerance):
         return Verdict(gap, tolerance)
     tried: list[Trial] = []
-    for trial in _trials(bench):
-        tried.append(trial)
-        if trial.explains(gap, tolerance):
-            return Verdict(gap, tolerance, trial, tuple(tried))
-    return Verdict(gap, tolerance, _most_telling(gap.mean, tried), tuple(tried), tuple(_remarks(bench)))
-
-
-def _trials(bench: Bench) -> Iterator[Trial]:
     for cause in CAUSES:
-        yield from cause(bench)
+        found: list[Trial] = []
+        for trial in cause(bench):
+            tried.append(trial)
+            found += [trial] if trial.explains(gap, tolerance) else []
+            if found and trial.leaves_nothing(gap):
+                break
+        if found:
+            return Verdict(gap, tolerance, min(found, key=lambda trial: trial.gap.mean), tuple(tried))
+    return Verdict(gap, tolerance, _most_telling(gap.mean, tried), tuple(tried), tuple(_remarks(bench)))
 
 
 def _most_telling(before: float, tried: list[Trial]) -> Trial | None:

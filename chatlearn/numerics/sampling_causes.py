@@ -24,10 +24,11 @@ TEMPERATURES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.2, 1.5, 1.9
 GOLDEN_STEPS = 14
 GOLDEN = (math.sqrt(5) - 1) / 2
 
-# Renormalising what is left makes every sampled token likelier; noise has both signs.
-ONE_SIGNED = 0.9
-LEAST_MIN_P = 1e-5
-MIN_P_STEPS = 24
+# Renormalising what is left makes every sampled token likelier; noise, which half precision has beside it, has both
+# signs.
+ONE_SIGNED = 0.5
+LEAST_SHARE = 1e-5
+SHARE_STEPS = 24
 
 
 def raw_or_temperature(bench: Bench) -> Iterator[Trial]:
@@ -123,11 +124,14 @@ def truncated(bench: Bench) -> Iterator[Trial]:
     """Tokens are cut off: what is left is made likelier, everywhere, and each way to cut has its own traces."""
     if not bench.apart.sum() >= ONE_SIGNED * np.abs(bench.apart).sum():
         return
+    temperature = bench.facts.asked.temperature
     # A nucleus is the smallest set that reaches top_p, so the least mass that was kept cuts as top_p did.
     least_kept = math.exp(-bench.gap.largest)
-    yield _cut(bench, Distribution(bench.facts.asked.temperature, top_p=least_kept * (1 - 1e-5)))[0]
+    yield _cut(bench, Distribution(temperature, top_p=least_kept * (1 - 1e-5)))[0]
     yield from _halving_counts(bench)
-    yield from _halving_shares(bench)
+    yield from _halving_shares(bench, lambda share: Distribution(temperature, min_p=share))
+    if bench.facts.dtype != "float32":  # Rounding hides the least mass that was kept.
+        yield from _halving_shares(bench, lambda share: Distribution(temperature, top_p=1 - share))
 
 
 def _halving_counts(bench: Bench) -> Iterator[Trial]:
@@ -140,12 +144,12 @@ def _halving_counts(bench: Bench) -> Iterator[Trial]:
         low, high = (middle + 1, high) if is_too_much else (low, middle)
 
 
-def _halving_shares(bench: Bench) -> Iterator[Trial]:
-    """Find min_p by bisection of its logarithm: a smaller one cuts less."""
-    low, high = math.log(LEAST_MIN_P), 0.0
-    for _ in range(MIN_P_STEPS):
+def _halving_shares(bench: Bench, distribution_of: Callable[[float], Distribution]) -> Iterator[Trial]:
+    """Find ``top_p`` or ``min_p`` by bisection; ``distribution_of`` cuts the more, the larger its argument is."""
+    low, high = math.log(LEAST_SHARE), 0.0
+    for _ in range(SHARE_STEPS):
         middle = (low + high) / 2
-        trial, is_too_much = _cut(bench, Distribution(bench.facts.asked.temperature, min_p=math.exp(middle)))
+        trial, is_too_much = _cut(bench, distribution_of(math.exp(middle)))
         yield trial
         low, high = (low, middle) if is_too_much else (middle, high)
 

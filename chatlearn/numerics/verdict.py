@@ -12,6 +12,9 @@ MOST_OF_IT = 0.25
 # And at most for it to be the explanation: else a gap just above the tolerance would be laid to the first small change.
 HALF_OF_IT = 0.5
 
+# What is left where rounding is all that is left. In half precision there is more, and other values may fit better.
+HARDLY_ANY = 0.02
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -27,6 +30,10 @@ class Trial:
     advice: str
     gap: Gap
     proven: bool = False
+
+    def leaves_nothing(self, before: Gap) -> bool:
+        """Whether no other trial could explain more."""
+        return self.proven or self.gap.mean <= HARDLY_ANY * before.mean
 
     def explains(self, before: Gap, tolerance: float) -> bool:
         """Whether nothing needs to be looked for after this."""

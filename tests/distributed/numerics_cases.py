@@ -24,14 +24,14 @@ from chatlearn.numerics.change import Change, Distribution
 from chatlearn.numerics.diagnosis import diagnose
 from chatlearn.records import FloatStream, Sample
 from chatlearn.rollout.engine import EngineSpec, Request, SamplingPlan
-from chatlearn.rollout.tiny_engine import TransformersEngine, replace_weights
+from chatlearn.rollout.tiny_engine import TransformersEngine, recorder_of, replace_weights
 from chatlearn.trainer.rescore import Rescorer
 from chatlearn.trainer.sharded_model import ShardedModel
 
 EMBEDDED = Path(__file__).parents[2] / "embedded"
 NUM_ANSWERS, PROMPT_TOKENS, ANSWER_TOKENS = 16, 6, 24
 END = 331  # the embedded tokenizer's end of a turn
-TENSOR = "model.layers.1.mlp.down_proj.weight"
+TENSOR = "model.embed_tokens.weight"
 
 Weights = dict[str, Tensor]
 
@@ -99,7 +99,7 @@ def facts(setup: Setup, plant: Plant) -> Facts:
         tolerance=1e-5,
         vocabulary=shapes["model.embed_tokens.weight"][0],
         known_distributions=(("the plan of evaluation", Distribution(0.6, top_p=0.95, top_k=20)),),
-        special_tokens=(329, 330, END),
+        special_tokens=(END,),
         parameters=tuple(shapes),
         has_moved=plant.moved,
         is_mixture=family_of(setup.path).experts is not None,
@@ -134,8 +134,6 @@ def trainer(setup: Setup, moved: bool) -> ShardedModel:
 
 def answers(engine: TransformersEngine, plant: Plant, weights: Weights) -> list[Sample]:
     engine._model = replace_weights(engine._model, weights, engine._spec)
-    from chatlearn.rollout.tiny_engine import recorder_of
-
     engine._recorder = recorder_of(engine._model, engine._spec)
     plan = plant.plan or SamplingPlan(temperature=plant.asked)
     prompts = np.random.default_rng(1).integers(0, 300, size=(NUM_ANSWERS, PROMPT_TOKENS), dtype=np.int32)

@@ -76,9 +76,7 @@ def test_what_nobody_knows_is_said_with_the_numbers(gang_of: GangOf) -> None:
     assert "further apart than the tolerance" in judged.text
 
 
-@pytest.mark.parametrize(
-    "name", ["another number format", "a tensor that never arrives", "an attention kernel that leaks"]
-)
+@pytest.mark.parametrize("name", ["weights of the model directory", "an attention kernel that leaks"])
 def test_the_cause_is_found_on_several_ranks(gang_of: GangOf, name: str) -> None:
     plant, cause, _ = FAULTS[name]
     assert {judged.cause for judged in gang_of(2).run(planted.judge, plant)} == {cause}

@@ -125,6 +125,20 @@ def test_a_small_change_of_a_gap_at_the_tolerance_explains_nothing() -> None:
     assert not Verdict(Gap(0.0, 0.0, 0), 0.03).agrees, "nothing was compared"
 
 
+def test_where_rounding_blurs_the_values_the_one_that_fits_best_is_named() -> None:
+    near, right = Distribution(0.7), Distribution(0.8)
+    says = {near: -1.02, right: -1.005}
+
+    def score(samples: Sequence[Sample], change: Change) -> list[FloatStream]:
+        logprob = says.get(change.distribution, -1.2) if change.distribution else -1.2
+        return [np.full(len(sample.token_ids), logprob, np.float32) for sample in samples]
+
+    facts = Facts(Distribution(1.0), "bfloat16", 0.03, 10, known_distributions=(("here", near), ("there", right)))
+    verdict = diagnose(Bench(facts, [sample(-1.0, -1.0)], score, again=list))
+    assert verdict.cause == "temperature"
+    assert "as there says" in str(verdict)
+
+
 def test_tokens_of_other_versions_are_counted() -> None:
     def rollout(*runs: VersionRun) -> Rollout:
         return Rollout(PROMPT, (Completion(np.zeros(3, np.int32), np.zeros(3, np.float32), "", "stop", runs),))
