@@ -19,6 +19,7 @@ from chatlearn.cluster.interruption import Interrupted, Interruption
 from chatlearn.config.environment import Environment
 from chatlearn.config.layout import layout_of
 from chatlearn.config.schema import GrpoConfig
+from chatlearn.gate import check_numerics
 from chatlearn.observability.describe import describe_evaluation, describe_rollouts
 from chatlearn.observability.journal import Journal, Page
 from chatlearn.questions import read_questions
@@ -94,6 +95,10 @@ def live(team: Team, page: Page, state: RunState, episode: int) -> RunState:
         page.add(describe_rollouts(graded))
         page.keep(graded, samples)
         page.add({"policy_trainer/oversized_samples": float(team.trainer.num_oversized(samples))})
+
+    if episode == team.first_episode:  # Of a run, and after every resume.
+        with page.phase("numerics"):
+            check_numerics(team, page, state, rollouts, samples, lambda some: ask_again(team, page, some, state))
 
     if team.reference is not None:  # Absent when kl_coef is zero.
         with page.phase("reference"), team.reference.resident():
@@ -176,6 +181,15 @@ def publish(team: Team, version: int) -> TransferStats:
         stats = team.trainer.send_weights(version)
     team.policy.wake("kv_cache")
     return stats
+
+
+def ask_again(team: Team, page: Page, prompts: Sequence[Prompt], state: RunState) -> list[Sample]:
+    """Send the weights anew and answer these prompts once more, to see whether the engines then agree."""
+    publish(team, version=state.policy_version)
+    seeds = team.seeds(state.episode + 1, "rollout")
+    rollouts = team.policy.rollouts(prompts, team.completions_per_prompt, team.sampling, seeds, page.progress)
+    team.policy.sleep()
+    return [to_sample(group.prompt, completion, 0.0) for group in rollouts for completion in group.completions]
 
 
 def evaluate(team: Team, page: Page, episode: int) -> None:

@@ -34,10 +34,14 @@ GOLD_LEDGER = "gold_checks.json"
 
 @dataclass(frozen=True)
 class Team:
-    """Everything the loop speaks to. ``reference`` is absent when ``kl_coef`` is zero."""
+    """Everything the loop speaks to. ``reference`` is absent when ``kl_coef`` is zero.
+
+    ``first_episode`` is the first that this process runs, of a new run or after a resume.
+    """
 
     args: RuntimeArgs
     layout: Layout
+    first_episode: int
     prompts: PromptStream
     evaluation_prompts: Sequence[Prompt]
     policy: PolicyGroup
@@ -50,6 +54,7 @@ class Team:
     completions_per_prompt: int
     evaluation_completions: int
     saves_hugging_face: bool
+    replays_routes: bool
     config_text: str
     lora: LoraSpec | None
 
@@ -96,6 +101,7 @@ def gather(
         yield Team(
             args=config.runtime_args,
             layout=layout,
+            first_episode=state.episode + 1,
             prompts=PromptStream(
                 questions.training.prompts, config.runtime_args.seed, config.runtime_args.data_shuffle, position
             ),
@@ -110,6 +116,7 @@ def gather(
             completions_per_prompt=policy.num_inference_per_prompt,
             evaluation_completions=config.runtime_args.eval_samples_per_prompt,
             saves_hugging_face=config.models.policy_trainer.save_hf,
+            replays_routes=config.models.policy_trainer.router_replay is True,
             config_text=resolved_text(config),
             lora=lora_spec(config),
         )

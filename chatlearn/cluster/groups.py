@@ -15,6 +15,7 @@ from chatlearn.checkpoint.sharded import Restored
 from chatlearn.cluster.fanout import Group
 from chatlearn.cluster.workers import Luggage
 from chatlearn.errors import RunError
+from chatlearn.numerics.change import Change
 from chatlearn.observability.describe import Capacity
 from chatlearn.records import FloatStream, Graded, Prompt, Rollout, Sample, StepStats
 from chatlearn.rollout.dispatch import assemble, plan_dispatch
@@ -87,6 +88,15 @@ class TrainerGroup:
         """Copies of the samples with ``old_logprobs`` from the current weights."""
         streams = score(self.group, samples, self.scores, "logprobs")
         return [replace(sample, old_logprobs=stream) for sample, stream in zip(samples, streams, strict=True)]
+
+    def changed_logprobs(self, samples: Sequence[Sample], change: Change) -> list[FloatStream]:
+        """The log-probability of every token, by token, with one thing changed."""
+        layout = replace(self.scores, packing=False, micro_batch_size=1) if change.plain_kernels else self.scores
+        return score(self.group, samples, layout, "changed_logprobs", change)
+
+    def forget_changes(self) -> None:
+        """Give back the memory that scoring with changes took."""
+        self.group.map("forget_changes")
 
     def num_oversized(self, samples: Sequence[Sample]) -> int:
         """How many samples are longer than a micro-batch should be; each gets one of its own."""
@@ -191,10 +201,12 @@ class RewardGroup:
         return [line for lines in self.group.each("grade_gold", shares) for line in lines]
 
 
-def score(group: Group, samples: Sequence[Sample], layout: BatchLayout, verb: str) -> list[FloatStream]:
+def score(
+    group: Group, samples: Sequence[Sample], layout: BatchLayout, verb: str, *wishes: object
+) -> list[FloatStream]:
     """Ask the group's model for the log-probabilities of every sample's tokens, one stream by token for each."""
     batch = pack(samples, layout)
-    values = group.each(verb, [(micro_batches,) for micro_batches in _for_every_rank(batch, group)])
+    values = group.each(verb, [(micro_batches, *wishes) for micro_batches in _for_every_rank(batch, group)])
     return unpack(batch, values[:: len(values) // len(batch.ranks)])  # Ranks that share a sequence answer alike.
 
 

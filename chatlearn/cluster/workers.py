@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from chatlearn.checkpoint.manifest import FileRecord
     from chatlearn.checkpoint.sharded import Restored
     from chatlearn.cluster.fanout import Member
+    from chatlearn.numerics.change import Change
     from chatlearn.records import Graded, Prompt, Rollout, StepStats
     from chatlearn.rollout.engine import EngineSpec, Finished, Request, SamplingPlan, WakePart
     from chatlearn.trainer.build import ModelSpec
@@ -90,11 +91,13 @@ class TrainerWorker:
     ) -> None:
         """Meet the other ranks, load the model's shards and build the optimizer."""
         from chatlearn.trainer.policy_trainer import PolicyTrainer
+        from chatlearn.trainer.rescore import Rescorer
         from chatlearn.trainer.residency import Residency
         from chatlearn.trainer.sharded_model import ShardedModel
 
         meet(self._seat, meeting)
         self._model = ShardedModel.load(model, plan, trainable=True)
+        self._rescorer = Rescorer(self._model, plan)
         self._trainer = PolicyTrainer(self._model, optimizer, objective)
         self._residency = Residency(self._model, self._trainer.optimizer)
 
@@ -122,6 +125,14 @@ class TrainerWorker:
     def logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Score this rank's share of a batch with the current weights."""
         return self._model.logprobs(micro_batches)
+
+    def changed_logprobs(self, micro_batches: Sequence[MicroBatch], change: Change) -> list[Tensor]:
+        """Score it with one thing changed, to find out why the engine says otherwise."""
+        return self._rescorer.logprobs(micro_batches, change)
+
+    def forget_changes(self) -> None:
+        """Give back what scoring with changes took."""
+        self._rescorer.close()
 
     def base_logprobs(self, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Score it with the model that the adapter was put on."""

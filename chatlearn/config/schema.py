@@ -22,6 +22,7 @@ from chatlearn.config.value_types import (
     Text,
     TopK,
     as_groups,
+    as_switch,
 )
 
 
@@ -97,6 +98,8 @@ class RuntimeArgs(Section):
     """Evaluate the untrained policy too (step 0)."""
     eval_samples_per_prompt: Positive = 1
     """Answers per evaluation prompt: the k of `avg@k` and `pass@k`."""
+    numerics_gate: Annotated[Literal["stop", "warn", "off"], BeforeValidator(as_switch)] = "stop"
+    """What a run does, once it named the cause, when engine and trainer disagree at its start or after a resume."""
     save_rollouts: bool = True
     """Write every answer with its reward to `rollouts/`."""
     log_args_dict: LogArgs = LogArgs()

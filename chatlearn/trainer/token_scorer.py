@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 
     from chatlearn.models.attention import PackedLayout
     from chatlearn.models.router_replay import Routes
+
+
+# From hidden states, head, labels and temperature to the log-probability of each label and the entropy of each guess.
+Reading = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
 
 class TokenScorer(nn.Module):
@@ -30,6 +35,7 @@ class TokenScorer(nn.Module):
         self.model = cast("PreTrainedModel", causal_model.model)
         self.lm_head = None if causal_model.config.tie_word_embeddings else cast("nn.Linear", causal_model.lm_head)
         self.temperature = temperature
+        self.read: Reading = token_logprobs_and_entropy
 
     def forward(
         self,
@@ -43,7 +49,7 @@ class TokenScorer(nn.Module):
         hidden = self.model(
             input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, packed=packed, routes=routes
         ).last_hidden_state[0]  # [T, H]
-        logprobs, entropy = token_logprobs_and_entropy(hidden, self.head_weight(), labels, self.temperature)
+        logprobs, entropy = self.read(hidden, self.head_weight(), labels, self.temperature)
         # They may be rows of one tensor, and sharding hangs its backward hook on outputs that own their memory.
         return logprobs.clone(), entropy.clone()
 
