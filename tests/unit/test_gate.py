@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "embedded" / "tiny_qwen3"
 TEMPLATE = ROOT / "template" / "quickstart.yaml"
 STATE = RunState(episode=0, train_iteration=0, policy_version=0, epoch=0, offset=0, deferred=(), metrics_bytes=0)
+PLAIN = SamplingPlan()
 PROMPT = Prompt("0_0", np.array([1, 2], np.int32), "?", "source", "1")
 
 
@@ -73,7 +74,7 @@ class Sheet:
         self.said.append(text)
 
 
-def checked(gate: str, trainer: Trainer, sampling: SamplingPlan = SamplingPlan()) -> list[str]:
+def checked(gate: str, trainer: Trainer, sampling: SamplingPlan = PLAIN) -> list[str]:
     """What the gate says of an engine that gives every token -1."""
     plan = SimpleNamespace(load=str(MODEL), sequence_parallel_size=1)
     team = SimpleNamespace(
