@@ -26,6 +26,9 @@ from chatlearn.specs import engine_spec, takes_turns
 from chatlearn.trainer.build import ModelSpec
 from chatlearn.weights.shared_memory import DEFAULT_BUCKET_BYTES
 
+# A part that is less of the whole only hides the others.
+SMALLEST_PART_SHOWN = 0.01
+
 
 def check_host_memory(config: GrpoConfig, layout: Layout) -> None:
     """Raise ``ConfigError`` where the run cannot fit; a plan for another machine's GPUs is not measured on this one."""
@@ -39,7 +42,9 @@ def check_host_memory(config: GrpoConfig, layout: Layout) -> None:
 def host_memory_rows(config: GrpoConfig, layout: Layout) -> list[tuple[str, str]]:
     """The budget in words: what is needed at most, and every part that shows in it."""
     lines = host_budget(host_load(config, layout))
-    return [("host memory", f"{_gigabytes(needed_bytes(lines))} on one node"), *(_row(line) for line in lines)]
+    needed = needed_bytes(lines)
+    shown = [line for line in lines if line.num_bytes >= SMALLEST_PART_SHOWN * needed]
+    return [("host memory", f"{_gigabytes(needed)} on one node"), *(_row(line) for line in shown)]
 
 
 def _row(line: BudgetLine) -> tuple[str, str]:
