@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Final
 
 from chatlearn.config.environment import Environment
 from chatlearn.config.placement import DeviceGroup
 from chatlearn.config.schema import GrpoConfig
+
+CORRECTION: Final = "models.policy_trainer.rollout_correction"
 
 
 def cross_problems(config: GrpoConfig) -> list[str]:
@@ -15,6 +18,7 @@ def cross_problems(config: GrpoConfig) -> list[str]:
     return [
         *_batch_problems(config),
         *_engine_problems(config),
+        *_correction_problems(config),
         *_sampling_problems(config),
         *_sharding_problems(config),
         *_optimizer_problems(config),
@@ -54,15 +58,27 @@ def _engine_problems(config: GrpoConfig) -> list[str]:
     return problems
 
 
-def _sampling_problems(config: GrpoConfig) -> list[str]:
-    policy, correction = config.models.policy, config.models.policy_trainer.rollout_correction
-    key = "models.policy_trainer.rollout_correction"
-    problems: list[str] = []
+def _correction_problems(config: GrpoConfig) -> list[str]:
+    correction, key = config.models.policy_trainer.rollout_correction, CORRECTION
+    bounds = {
+        "token": (correction.token, correction.token_low, correction.token_high),
+        "sequence": (correction.sequence, correction.sequence_low, correction.sequence_high),
+    }
+    problems = [
+        f"{key}.{level}_low and {key}.{level}_high have no effect with {key}.{level}=off; use truncate or mask"
+        for level, (mode, low, high) in bounds.items()
+        if mode == "off" and (low, high) != (None, None)
+    ]
     if correction.sequence == "truncate" and correction.token != "off":
         problems.append(
             f"{key}.token={correction.token} and {key}.sequence=truncate would correct twice: the weight of a sequence "
             "contains the ratios of its tokens; switch one of them off"
         )
+    return problems
+
+
+def _sampling_problems(config: GrpoConfig) -> list[str]:
+    policy, correction = config.models.policy, config.models.policy_trainer.rollout_correction
     weighs = correction.token != "off" or correction.sequence == "truncate"
     asked = {
         f"models.policy.top_p={policy.top_p}": policy.top_p < 1,
@@ -73,13 +89,13 @@ def _sampling_problems(config: GrpoConfig) -> list[str]:
         f"models.policy.repetition_penalty={policy.repetition_penalty}": policy.repetition_penalty != 1,
     }
     written = [what for what, is_asked in asked.items() if is_asked]
-    if written and not weighs:
-        problems.append(
-            f"{', '.join(written)}: the trainer scores the distribution that temperature alone shapes, and would learn "
-            f"from answers of another one; leave {'it' if len(written) == 1 else 'them'} out, or set "
-            f"{key}.token=truncate"
-        )
-    return problems
+    if not written or weighs:
+        return []
+    return [
+        f"{', '.join(written)}: the trainer scores the distribution that temperature alone shapes, and would learn "
+        f"from answers of another one; leave {'it' if len(written) == 1 else 'them'} out, or set "
+        f"{CORRECTION}.token=truncate"
+    ]
 
 
 def _sharding_problems(config: GrpoConfig) -> list[str]:

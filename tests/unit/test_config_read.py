@@ -139,6 +139,9 @@ def test_all_mistakes_are_reported_at_once(file: Path) -> None:
         ("models.policy_trainer.lora.target_modules=q_proj", "models.policy_trainer.lora.target_modules=[q_proj] "
          "has no effect with models.policy_trainer.lora.rank=0, which trains all weights; set "
          "models.policy_trainer.lora.rank, or leave it out"),
+        ("models.policy_trainer.rollout_correction.token_low=0.5", "models.policy_trainer.rollout_correction.token_low "
+         "and models.policy_trainer.rollout_correction.token_high have no effect with "
+         "models.policy_trainer.rollout_correction.token=off; use truncate or mask"),
         ("models.policy_trainer.optimizer.min_lr=1e-7", "models.policy_trainer.optimizer.min_lr=1e-07 has no effect "
          "with models.policy_trainer.optimizer.schedule=constant; choose linear or cosine, or leave min_lr out"),
         ("models.policy_trainer.optimizer.warmup_iterations=100000",
