@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urldefrag
@@ -176,6 +177,13 @@ def test_the_test_that_is_named_exists_and_runs_the_command(command: str) -> Non
         assert "CHATLEARN_TORCH_SOURCE" in source
     else:
         assert program_of(command) in source
+
+
+def test_the_map_shows_the_staircase_that_is_checked() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (staircase,) = (contract["layers"] for contract in contracts if contract["id"] == "staircase")
+    block = (ROOT / "docs" / "map.md").read_text().partition("```text\n")[2].partition("```")[0]
+    assert [re.split(r"\s{2,}", line)[0] for line in block.splitlines()] == staircase
 
 
 def anchors(document: Path) -> set[str]:
