@@ -6,6 +6,7 @@ Starting a process costs seconds, running a case costs tenths: so each world siz
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import socket
 import traceback
 import warnings
@@ -27,6 +28,7 @@ PRELOADED = [
 ]
 
 Case = Callable[..., Any]
+FAREWELL = b""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Gang:
     def run(self, case: Case, *arguments: Any) -> list[Any]:
         """Call ``case(*arguments)`` on every rank at once; the results in the order of ranks."""
         for pipe in self.pipes:
-            pipe.send((case, arguments))
+            pipe.send_bytes(pickle.dumps((case, arguments)))
         answers = []
         for rank, pipe in enumerate(self.pipes):
             assert pipe.poll(CASE_DEADLINE_S), f"rank {rank} did not answer within {CASE_DEADLINE_S:.0f} s"
@@ -71,7 +73,7 @@ class Gang:
     def close(self) -> None:
         """Dissolve the process group and end the processes."""
         for pipe in self.pipes:
-            pipe.send(None)
+            pipe.send_bytes(FAREWELL)
         for process in self.processes:
             process.join(timeout=10)
             if process.is_alive():
@@ -92,9 +94,9 @@ def serve(pipe: Connection, rank: int, num_ranks: int, port: int) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     open_process_group(rank, num_ranks, Rendezvous(f"tcp://127.0.0.1:{port}", "cpu"))
-    while (message := pipe.recv()) is not None:
-        case, arguments = message
+    while (message := pipe.recv_bytes()) != FAREWELL:
         try:
+            case, arguments = pickle.loads(message)  # may fail: its module may not be found here
             answer = case(*arguments)
         except Exception:  # noqa: BLE001 - whatever it is, the test shall see it
             answer = Failure(traceback.format_exc())

@@ -52,7 +52,7 @@ def test_half_precision_is_widened(tmp_path: Path) -> None:
 def test_a_tied_head_and_old_frequencies_have_no_place_and_need_none(tmp_path: Path) -> None:
     extra = {"lm_head.weight": torch.zeros(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
     save_file(WEIGHTS | extra, tmp_path / "model.safetensors")
-    fill_from(tmp_path)
+    assert torch.equal(fill_from(tmp_path).state_dict()["first.weight"], WEIGHTS["first.weight"])
 
 
 @pytest.mark.parametrize(
