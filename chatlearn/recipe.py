@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -53,13 +54,20 @@ def parallel_plan(plan: ShardedPlan) -> ParallelPlan:
 
 def batch_layout(rule: PackingRule, model_dir: Path) -> BatchLayout:
     """How batches of the model in ``model_dir`` are cut; it decides from which length on attention is what costs."""
+    return BatchLayout(
+        rule.num_data_ranks, rule.packing, rule.max_tokens, rule.micro_batch_size, crossover_of(model_dir)
+    )
+
+
+@cache
+def crossover_of(model_dir: Path) -> int:
+    """The length from which on attention is what costs; training, scoring and the reference often share the model."""
     described = read_configuration("model", model_dir, trust_remote_code=False)
-    crossover = attention_crossover_tokens(
+    return attention_crossover_tokens(
         parameters_met(parameter_shapes(model_dir), family_of(model_dir), described),
         described.num_hidden_layers,
         attention_width(described),
     )
-    return BatchLayout(rule.num_data_ranks, rule.packing, rule.max_tokens, rule.micro_batch_size, crossover)
 
 
 def optimizer_spec(config: GrpoConfig) -> OptimizerSpec:

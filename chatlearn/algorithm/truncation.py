@@ -1,4 +1,4 @@
-"""Log-probabilities of a truncated distribution, as engines sample from it: for diagnosis, not for learning."""
+"""Distributions with unlikely tokens cut off, in vLLM's order: what engines sample from, and its log-probabilities."""
 
 from __future__ import annotations
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from chatlearn.errors import CheckpointError
 
 Document = Mapping[str, object]
+Item = TypeVar("Item")
 
 
 def read_document(path: Path) -> Document:
@@ -35,10 +36,7 @@ def integer(document: Document, key: str, path: Path) -> int:
 
 def integers(document: Document, key: str, path: Path) -> tuple[int, ...]:
     """A list of such numbers."""
-    values = document.get(key)
-    if not isinstance(values, list):
-        raise CheckpointError(f"{path}: '{key}' is {values!r}; expected a list of whole numbers")
-    return tuple(integer({key: value}, key, path) for value in cast("list[object]", values))
+    return _each(integer, "whole numbers", document, key, path)
 
 
 def text(document: Document, key: str, path: Path) -> str:
@@ -51,10 +49,16 @@ def text(document: Document, key: str, path: Path) -> str:
 
 def texts(document: Document, key: str, path: Path) -> tuple[str, ...]:
     """A list of strings."""
+    return _each(text, "texts", document, key, path)
+
+
+def _each(
+    read: Callable[[Document, str, Path], Item], kind: str, document: Document, key: str, path: Path
+) -> tuple[Item, ...]:
     values = document.get(key)
     if not isinstance(values, list):
-        raise CheckpointError(f"{path}: '{key}' is {values!r}; expected a list of texts")
-    return tuple(text({key: value}, key, path) for value in cast("list[object]", values))
+        raise CheckpointError(f"{path}: '{key}' is {values!r}; expected a list of {kind}")
+    return tuple(read({key: value}, key, path) for value in cast("list[object]", values))
 
 
 def number(document: Document, key: str, path: Path) -> float:

@@ -165,7 +165,7 @@ def _cut(bench: Bench, distribution: Distribution) -> tuple[Trial, bool]:
         f"the trainer at {distribution}",
         f"the engine cuts off unlikely tokens, as {distribution} does, and renormalises what is left",
         "take the truncation out of the engine's sampling (vLLM: generation_config=vllm); the trainer would learn for "
-        "a distribution that is not sampled, which is why training refuses top_p, top_k and min_p",
+        "a distribution that is not sampled, unless models.policy_trainer.rollout_correction weighs the difference",
         gap_of(apart),
     )
     return trial, not np.isfinite(apart).all() or float(apart.sum()) < 0

@@ -72,10 +72,15 @@ class SamplingPlan:
     seed: int | None = None
 
     @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be sampled."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
     def reshapes(self) -> bool:
         """Whether answers come from another distribution than the one that the temperature alone shapes."""
         penalties = self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
-        return penalties or self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return penalties or self.truncates
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from chatlearn.errors import RunError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from contextlib import AbstractContextManager
 
     from chatlearn.batch.pack import MicroBatch
 
@@ -39,40 +40,35 @@ SMALLER_STATE = (
 )
 
 
+def advice_about(micro_batch: MicroBatch) -> AbstractContextManager[None]:
+    """Forward and backward of a micro-batch: running out of memory becomes a ``RunError`` that says what to change.
+
+    An answer that is alone already cannot be given fewer neighbours.
+    """
+    smaller = () if len(micro_batch.lengths) == 1 else SMALLER_BATCH
+    return _advised(f"forward and backward of {_described(micro_batch)}", (*smaller, *SMALLER_SEQUENCE, *SMALLER_SHARE))
+
+
+def advice_about_scoring(micro_batch: MicroBatch) -> AbstractContextManager[None]:
+    """The same for a forward pass alone; a reference model has the same keys, and those of the trainer by default."""
+    smaller = () if len(micro_batch.lengths) == 1 else SMALLER_SCORING
+    return _advised(f"scoring {_described(micro_batch)}", (*smaller, *SMALLER_SEQUENCE[:1], *SMALLER_SHARE))
+
+
+def advice_about_update() -> AbstractContextManager[None]:
+    """The same for the optimizer's step, whose memory does not depend on the batch."""
+    return _advised("the optimizer's step", (*SMALLER_STATE, *SMALLER_SHARE))
+
+
 @contextmanager
-def advice_about(micro_batch: MicroBatch) -> Generator[None]:
-    """Forward and backward of a micro-batch: running out of memory becomes a ``RunError`` that says what to change."""
+def _advised(what: str, advice: tuple[str, ...]) -> Generator[None]:
+    """``advice`` is in the order to try."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
-        what = f"forward and backward of {_described(micro_batch)}"
-        raise RunError(_message(what, error, _for_batch(micro_batch))) from error
-
-
-@contextmanager
-def advice_about_scoring(micro_batch: MicroBatch) -> Generator[None]:
-    """The same for a forward pass alone; a reference model has the same keys, and those of the trainer by default."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        smaller = () if len(micro_batch.lengths) == 1 else SMALLER_SCORING
-        advice = (*smaller, *SMALLER_SEQUENCE[:1], *SMALLER_SHARE)
-        raise RunError(_message(f"scoring {_described(micro_batch)}", error, advice)) from error
-
-
-@contextmanager
-def advice_about_update() -> Generator[None]:
-    """The same for the optimizer's step, whose memory does not depend on the batch."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise RunError(_message("the optimizer's step", error, (*SMALLER_STATE, *SMALLER_SHARE))) from error
+        raise RunError(_message(what, error, advice)) from error
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -86,12 +82,6 @@ def _described(micro_batch: MicroBatch) -> str:
         f"a micro-batch of {micro_batch.num_tokens:,} tokens "
         f"({len(lengths)} {'answer' if len(lengths) == 1 else 'answers'}, the longest with its prompt {max(lengths):,})"
     )
-
-
-def _for_batch(micro_batch: MicroBatch) -> tuple[str, ...]:
-    """In the order to try; an answer that is alone already cannot be given fewer neighbours."""
-    smaller = () if len(micro_batch.lengths) == 1 else SMALLER_BATCH
-    return (*smaller, *SMALLER_SEQUENCE, *SMALLER_SHARE)
 
 
 def _message(what: str, error: RuntimeError, advice: tuple[str, ...]) -> str:
