@@ -317,7 +317,7 @@ def test_nothing_is_effective_where_all_is_masked() -> None:
     ("overrides", "expected"),
     [
         ((), None),
-        (("token=off", "sequence=off", "token_high=3"), None),
+        (("token=off", "sequence=off"), None),
         (("token=truncate",), TOKEN_TRUNCATE),
         (("token=mask",), TOKEN_MASK),
         (("token=mask", "token_low=0.25", "token_high=.inf"), Correction(token="mask", token_low=0.25)),
