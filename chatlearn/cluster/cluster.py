@@ -16,8 +16,8 @@ from ray.exceptions import RayError
 
 from chatlearn.cluster.fanout import Group, Member, call, collect
 from chatlearn.cluster.placement import Demand, Placement, Slot
+from chatlearn.cluster.seat import Arrival, Seat
 from chatlearn.cluster.watchdog import start_watchdog
-from chatlearn.cluster.workers import Arrival, Seat
 from chatlearn.config.environment import prepare_local_ray
 from chatlearn.errors import RunError, WorkerError
 from chatlearn.observability.actors import Actor, ActorsFile

@@ -11,7 +11,9 @@ from chatlearn.cluster.cluster import Cluster, Place, Troupe
 from chatlearn.cluster.fanout import Group, Ticket, call, collect
 from chatlearn.cluster.groups import PolicyGroup, ReferenceGroup, RewardGroup, TrainerGroup
 from chatlearn.cluster.placement import Slot
-from chatlearn.cluster.workers import Luggage, ReferenceWorker, RewardWorker, RolloutWorker, TrainerWorker
+from chatlearn.cluster.reward_worker import RewardWorker
+from chatlearn.cluster.rollout_worker import RolloutWorker
+from chatlearn.cluster.workers import Luggage, ReferenceWorker, TrainerWorker
 from chatlearn.device import DeviceKind
 from chatlearn.errors import RunError
 from chatlearn.rollout.engine import EngineSpec

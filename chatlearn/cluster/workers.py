@@ -1,4 +1,4 @@
-"""Ray actors: thin shells around the plain classes that train, sample and judge.
+"""Shells around the plain classes that train: the policy trainer and the frozen reference.
 
 A shell receives values, builds the plain object inside its process, and forwards calls. Whatever can be tested without
 Ray lives in the plain class. Heavy imports happen inside the methods: the driver imports this file too.
@@ -6,18 +6,14 @@ Ray lives in the plain class. Heavy imports happen inside the methods: the drive
 
 from __future__ import annotations
 
-import os
-import socket
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import ray
-
 from chatlearn import device
 from chatlearn.cluster.engine_client import RayEngineClient
+from chatlearn.cluster.seat import Arrival, Seat, arrive, free_address, meet, meeting_place, take_seat
 from chatlearn.observability.describe import Capacity
 
 if TYPE_CHECKING:
@@ -28,31 +24,13 @@ if TYPE_CHECKING:
     from chatlearn.checkpoint.sharded import Restored
     from chatlearn.cluster.fanout import Member
     from chatlearn.numerics.change import Change
-    from chatlearn.records import Graded, Prompt, Rollout, StepStats
-    from chatlearn.rollout.engine import EngineSpec, Finished, Request, SamplingPlan, WakePart
+    from chatlearn.records import StepStats
     from chatlearn.trainer.build import ModelSpec
     from chatlearn.trainer.objective import Objective
     from chatlearn.trainer.optimizer import OptimizerSpec
     from chatlearn.trainer.parallel import ParallelPlan, Rendezvous
     from chatlearn.trainer.residency import Residency
-    from chatlearn.weights.wire import TransferMessage, TransferStats, WireKind, WireMeeting
-
-STREAM_EVERY_S = 0.25  # Completions travel to the driver in parcels of this much time: soon, but not one by one.
-
-
-@dataclass(frozen=True)
-class Seat:
-    """Where a worker sits: what it is called, its share of the cores, and the file that keeps what it writes.
-
-    ``one_host`` says that the whole run is on this machine, and needs to be reached by no other.
-    """
-
-    role: str
-    rank: int
-    num_ranks: int
-    num_threads: int
-    log_file: str
-    one_host: bool
+    from chatlearn.weights.wire import TransferStats, WireKind, WireMeeting
 
 
 @dataclass(frozen=True)
@@ -61,14 +39,6 @@ class Luggage:
 
     weights: bool
     optimizer: bool
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """What a worker says of itself when it is up."""
-
-    host: str
-    pid: int
 
 
 class TrainerWorker:
@@ -240,98 +210,6 @@ class ReferenceWorker:
         close_process_group()
 
 
-class RolloutWorker:
-    """One replica of the rollout engine."""
-
-    def __init__(self, seat: Seat) -> None:
-        self._seat = seat
-        take_seat(seat)
-
-    def arrive(self) -> Arrival:
-        """Tell where this process is."""
-        return arrive()
-
-    def open(self, engine: str, spec: EngineSpec) -> None:
-        """Start the engine called ``engine``."""
-        from chatlearn.rollout.engine import build_engine
-
-        self._engine = build_engine(engine, spec)
-
-    def prove(self, model_path: str) -> None:
-        """Show that weights sent to this engine are the weights it samples from; raise when they are not."""
-        from chatlearn.rollout.prove import prove_weight_transfer
-
-        prove_weight_transfer(self._engine, model_path)
-
-    def generate(self, requests: Sequence[Request], plan: SamplingPlan) -> Iterator[list[Finished]]:
-        """Answer the requests; what finishes goes out in parcels as time passes."""
-        self._engine.submit(requests, plan)
-        parcel: list[Finished] = []
-        sent = time.monotonic()
-        for finished in self._engine.completions():
-            parcel.append(finished)
-            if time.monotonic() - sent > STREAM_EVERY_S:
-                yield parcel
-                parcel, sent = [], time.monotonic()
-        if parcel:
-            yield parcel
-
-    def load_weights(self, message: TransferMessage) -> None:
-        """Take part in a weight transfer."""
-        self._engine.load_weights(message)
-
-    def wake(self, part: WakePart) -> None:
-        """Take a part of the device's memory back."""
-        self._engine.wake(part)
-
-    def sleep(self) -> None:
-        """Give the device's memory away."""
-        self._engine.sleep()
-
-    def close(self) -> None:
-        """Stop the engine and its processes."""
-        self._engine.close()
-
-
-class RewardWorker:
-    """One replica of the grader."""
-
-    def __init__(self, seat: Seat) -> None:
-        take_seat(seat)
-
-    def arrive(self) -> Arrival:
-        """Tell where this process is."""
-        return arrive()
-
-    def open(self, reward: str | None, deadline_s: float, num_processes: int) -> None:
-        """Build the grader here, with its own processes."""
-        from chatlearn.reward.grade import Grader
-
-        self._grader = Grader(reward, deadline_s, num_processes)
-
-    def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
-        """Judge every completion."""
-        return self._grader.grade(rollouts)
-
-    def grade_gold(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Try the grader on the gold answers themselves; return a line for each one it cannot grade."""
-        return self._grader.grade_gold(prompts)
-
-    def close(self) -> None:
-        """Stop the grading processes."""
-        self._grader.close()
-
-
-def take_seat(seat: Seat) -> None:
-    """Send everything this process writes to its log file, and take the share of the cores it was given."""
-    Path(seat.log_file).parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(seat.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    device.set_num_threads(seat.num_threads)
-
-
 def bring(residency: Residency, what: Luggage) -> None:
     """Carry the luggage to the device."""
     if what.weights:
@@ -346,34 +224,3 @@ def send_home(residency: Residency, what: Luggage) -> None:
         residency.send_weights_home()
     if what.optimizer:
         residency.send_optimizer_home()
-
-
-def arrive() -> Arrival:
-    """Look around in this process."""
-    return Arrival(socket.gethostname(), os.getpid())
-
-
-def meeting_place(seat: Seat) -> str:
-    """Where the ranks of this worker's role can find each other, as torch's ``init_method``.
-
-    On one machine that is a file, because torch's TCP store would listen on every network of the machine.
-    """
-    if seat.one_host:
-        return f"file://{Path(seat.log_file).with_suffix('')}_meeting_{os.getpid()}"
-    address, port = free_address()
-    return f"tcp://{address}:{port}"
-
-
-def free_address() -> tuple[str, int]:
-    """This node's address in the cluster, and a port that was free there a moment ago."""
-    address = ray.util.get_node_ip_address()
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return address, probe.getsockname()[1]
-
-
-def meet(seat: Seat, meeting: Rendezvous) -> None:
-    """Join the process group of this worker's role."""
-    from chatlearn.trainer.parallel import open_process_group
-
-    open_process_group(seat.rank, seat.num_ranks, meeting)

@@ -15,7 +15,7 @@ from chatlearn.cluster.cluster import Cluster, ClusterSpec, Place, Troupe
 from chatlearn.cluster.fanout import Group
 from chatlearn.cluster.interruption import Interrupted, Interruption
 from chatlearn.cluster.placement import Demand
-from chatlearn.cluster.workers import Arrival, Seat, arrive, take_seat
+from chatlearn.cluster.seat import Arrival, Seat, arrive, take_seat
 from chatlearn.errors import ConfigError, DataError, WorkerError
 
 # Ray leaves its own pipes and sockets to the interpreter's end.

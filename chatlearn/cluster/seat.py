@@ -1,0 +1,80 @@
+"""Where an actor sits: its name, its log, its share of the cores, and where its ranks can meet."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+from chatlearn import device
+
+if TYPE_CHECKING:
+    from chatlearn.trainer.parallel import Rendezvous
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a worker sits: what it is called, its share of the cores, and the file that keeps what it writes.
+
+    ``one_host`` says that the whole run is on this machine, and needs to be reached by no other.
+    """
+
+    role: str
+    rank: int
+    num_ranks: int
+    num_threads: int
+    log_file: str
+    one_host: bool
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What a worker says of itself when it is up."""
+
+    host: str
+    pid: int
+
+
+def take_seat(seat: Seat) -> None:
+    """Send everything this process writes to its log file, and take the share of the cores it was given."""
+    Path(seat.log_file).parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(seat.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    device.set_num_threads(seat.num_threads)
+
+
+def arrive() -> Arrival:
+    """Look around in this process."""
+    return Arrival(socket.gethostname(), os.getpid())
+
+
+def meeting_place(seat: Seat) -> str:
+    """Where the ranks of this worker's role can find each other, as torch's ``init_method``.
+
+    On one machine that is a file, because torch's TCP store would listen on every network of the machine.
+    """
+    if seat.one_host:
+        return f"file://{Path(seat.log_file).with_suffix('')}_meeting_{os.getpid()}"
+    address, port = free_address()
+    return f"tcp://{address}:{port}"
+
+
+def free_address() -> tuple[str, int]:
+    """This node's address in the cluster, and a port that was free there a moment ago."""
+    address = ray.util.get_node_ip_address()
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return address, probe.getsockname()[1]
+
+
+def meet(seat: Seat, meeting: Rendezvous) -> None:
+    """Join the process group of this worker's role."""
+    from chatlearn.trainer.parallel import open_process_group
+
+    open_process_group(seat.rank, seat.num_ranks, meeting)
