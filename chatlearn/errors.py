@@ -60,6 +60,10 @@ class WorkerError(RunError):
         return type(self), (self.role, self.rank, self.host, self.cause)
 
 
+class EngineFaultError(RunError):
+    """An engine returned what cannot be an answer; another one, newly started, may do better."""
+
+
 class WeightTransferError(RunError):
     """Weights did not arrive as they were sent: a name is missing, unknown or mis-shaped."""
 

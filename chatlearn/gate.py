@@ -46,7 +46,7 @@ def check_numerics(
     answers = [sample for sample in samples if sample.loss_mask.any()]
     if team.args.numerics_gate == "off" or not answers:
         return
-    if team.sampling.reshapes:
+    if team.asking.plan.reshapes:
         page.say("engine and trainer are not compared: the run samples from another distribution than it trains")
         return
     chosen = random.Random(state.episode).sample(answers, min(NUM_ANSWERS, len(answers)))
@@ -72,12 +72,12 @@ def facts_of(team: Team, state: RunState, rollouts: Sequence[Rollout]) -> Facts:
     model_dir, dtype = Path(team.layout.trainer.load), device.compute_dtype(team.layout.device_kind)
     shapes = parameter_shapes(model_dir)
     return Facts(
-        asked=distribution_of(team.sampling),
+        asked=distribution_of(team.asking.plan),
         dtype=dtype,
         tolerance=TOLERANCES[dtype],
         vocabulary=shapes[EMBEDDING][0],
         known_distributions=(
-            ("the plan of evaluation (models.policy.eval_*)", distribution_of(team.evaluation_sampling)),
+            ("the plan of evaluation (models.policy.eval_*)", distribution_of(team.evaluation_asking.plan)),
             *generation_distributions(model_dir / "generation_config.json"),
         ),
         special_tokens=special_tokens(model_dir / "tokenizer.json"),

@@ -2,41 +2,32 @@
 
 An episode is one turn of that circle. The weights that an episode publishes are called by its number, and every token
 carries the version it was sampled from; version 0 is the model one started with.
+
+``Synchronous`` is the plain way to go round: engines and trainer take turns. The other schedules are files beside this
+one, made of the same parts, which are in ``episode.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from math import isfinite
+from typing import Final
 
-import numpy as np
-
-from chatlearn.algorithm.advantage import AdvantageFn
-from chatlearn.checkpoint.capsule import BAD_STEP, CapsuleFacts, Reason
+from chatlearn.asynchronous import Asynchronous
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.interruption import Interrupted, Interruption
 from chatlearn.config.environment import Environment
 from chatlearn.config.layout import layout_of
+from chatlearn.config.schedule import ScheduleName, schedule_name
 from chatlearn.config.schema import GrpoConfig
-from chatlearn.gate import check_numerics
-from chatlearn.observability.describe import describe_evaluation, describe_rollouts
+from chatlearn.episode import Schedule, evaluate, judge, publish, state_after, study
 from chatlearn.observability.journal import Journal, Page
+from chatlearn.one_step_off import OneStepOff
+from chatlearn.over_sampling import OverSampling
+from chatlearn.partial_rollout import PartialRollout
 from chatlearn.questions import read_questions
-from chatlearn.records import Completion, Graded, Prompt, Sample, StepStats
-from chatlearn.saving import (
-    announce,
-    begin_capsule,
-    beginning,
-    finish_capsule,
-    is_due,
-    is_save_due,
-    open_journal,
-    resume,
-    save,
-)
+from chatlearn.saving import announce, beginning, is_due, is_save_due, open_journal, resume, save
 from chatlearn.team import Team, gather
-from chatlearn.weights.wire import TransferStats
 
 
 def run(config: GrpoConfig) -> None:
@@ -58,9 +49,10 @@ def run(config: GrpoConfig) -> None:
         if state.episode == 0 and team.args.enable_eval_before_training:
             with journal.page(0) as page:
                 evaluate(team, page, episode=0)
+        schedule = SCHEDULES[schedule_name(config)](team)
         try:
             for episode in range(state.episode + 1, team.args.num_episode + 1):
-                state = turn(team, journal, state, episode)
+                state = turn(team, journal, schedule, state, episode)
                 interruption.check()
         except Interrupted:
             journal.say(f"interrupted; keeping the state after episode {state.episode}")
@@ -69,10 +61,12 @@ def run(config: GrpoConfig) -> None:
         journal.curve()
 
 
-def turn(team: Team, journal: Journal, state: RunState, episode: int) -> RunState:
+def turn(team: Team, journal: Journal, schedule: Schedule, state: RunState, episode: int) -> RunState:
     """One episode with what belongs to its end: evaluation, metrics on disk, and only then the checkpoint."""
+    team.policy.take_busy_s()  # What engines did before, such as evaluation, is not this episode's.
     with journal.page(episode) as page:
-        state = live(team, page, state, episode)
+        state = schedule.live(page, state, episode)
+        page.add(team.care_numbers())
         if is_due(episode, team.args.eval_episode_interval):
             with suppress(Interrupted):  # The optimizer has stepped: the episode counts, and the loop stops after it.
                 evaluate(team, page, episode)
@@ -81,124 +75,36 @@ def turn(team: Team, journal: Journal, state: RunState, episode: int) -> RunStat
     return state
 
 
-def live(team: Team, page: Page, state: RunState, episode: int) -> RunState:
-    """One synchronous episode: from prompts to published weights."""
-    with page.phase("rollout"):
-        prompts = team.prompts.take(team.layout.prompts_per_episode)
-        seeds = team.seeds(episode, "rollout")
-        rollouts = team.policy.rollouts(prompts, team.completions_per_prompt, team.sampling, seeds, page.progress)
-        team.policy.sleep()  # Its memory is for training now; publishing wakes it with the next weights.
+class Synchronous:
+    """Engines answer, then the trainer learns, then engines get the weights: every answer is from the newest ones."""
 
-    with page.phase("reward"):
-        graded = team.graders.grade(rollouts)
-        samples = [sample for group in graded for sample in compare(group, team.advantage)]
-        page.add(describe_rollouts(graded))
-        page.keep(graded, samples)
-        page.add({"policy_trainer/oversized_samples": float(team.trainer.num_oversized(samples))})
+    def __init__(self, team: Team) -> None:
+        self.team = team
 
-    if episode == team.first_episode:  # Of a run, and after every resume.
-        with page.phase("numerics"):
-            check_numerics(team, page, state, rollouts, samples, lambda some: ask_again(team, page, some, state))
+    def live(self, page: Page, state: RunState, episode: int) -> RunState:
+        """One episode: from prompts to published weights. Who answers what is planned from the batch alone."""
+        team = self.team
+        with page.phase("rollout"):
+            prompts = team.prompts.take(team.layout.prompts_per_episode)
+            asked = team.pipeline.ask_planned(prompts, team.asking, team.seeds(episode, "rollout"))
+            team.pipeline.await_answers(asked, page.progress)
+            team.policy.sleep()  # Its memory is for training now; publishing wakes it with the next weights.
 
-    if team.reference is not None:  # Absent when kl_coef is zero.
-        with page.phase("reference"), team.reference.resident():
-            samples = team.reference.annotate(samples)
+        with page.phase("reward"):  # Most answers were graded while others were still being sampled.
+            graded = team.pipeline.take(asked)
+            samples = judge(team, page, graded, episode)
 
-    with page.phase("train"), team.trainer.resident():
-        if team.layout.steps_per_episode > 1:  # With a single step the step itself computes them.
-            with page.phase("old_logprobs"):
-                samples = team.trainer.annotate(samples)
-        for number, batch in enumerate(team.batches(samples, episode), start=1):
-            page.add_step(learn(team, page, batch, episode, state.train_iteration + number))
-            page.progress(number, team.layout.steps_per_episode)
-    page.add_capacity(team.trainer.capacity())
+        num_steps = study(team, page, state, graded, samples)
 
-    with page.phase("publish"):
-        page.add_transfer(publish(team, version=episode))
-
-    position = team.prompts.position
-    return RunState(
-        episode=episode,
-        train_iteration=state.train_iteration + team.layout.steps_per_episode,
-        policy_version=episode,
-        epoch=position.epoch,
-        offset=position.offset,
-        deferred=position.deferred,
-        metrics_bytes=state.metrics_bytes,
-    )
+        with page.phase("publish"):
+            page.add_transfer(publish(team, version=episode))
+        return state_after(state, num_steps, team.prompts.position)
 
 
-def learn(team: Team, page: Page, batch: Sequence[Sample], episode: int, iteration: int) -> StepStats:
-    """One optimizer step. What it consumed is kept where that is asked for, and always when the step went wrong."""
-    is_asked_for = is_due(iteration, team.args.capsule_interval)
-    if is_asked_for:
-        begin_capsule(team, page, iteration)
-    stats = team.trainer.step(batch, iteration)
-    went_wrong = not isfinite(stats.grad_norm)
-    if went_wrong:
-        page.say(f"step {iteration} was skipped on all ranks: the norm of its gradient is {stats.grad_norm}")
-        if not is_asked_for:  # No rank has moved: the weights are still those that the step began with.
-            begin_capsule(team, page, iteration)
-    if is_asked_for or went_wrong:
-        reason: Reason = BAD_STEP if went_wrong else "interval"
-        finish_capsule(
-            team, page, batch, CapsuleFacts(iteration, episode, reason, team.layout.trainer.num_ranks, stats)
-        )
-    return stats
-
-
-def compare(group: Graded, advantage: AdvantageFn) -> list[Sample]:
-    """Tell every answer how it did beside its siblings.
-
-    An answer that the grader failed on is neither right nor wrong: it stays out of the comparison and out of the loss.
-    """
-    graded = [score.value for score in group.scores if score.error is None]
-    values = iter(advantage(graded) if graded else ())
-    return [
-        to_sample(group.rollout.prompt, completion, next(values) if score.error is None else None)
-        for completion, score in zip(group.rollout.completions, group.scores, strict=True)
-    ]
-
-
-def to_sample(prompt: Prompt, completion: Completion, advantage: float | None) -> Sample:
-    """Prompt and answer as one stream; ``None`` as advantage means that nothing is to be learned from this answer."""
-    num_prompt, num_completion = len(prompt.token_ids), len(completion.token_ids)
-    silence = np.zeros(num_prompt, np.float32)
-    return Sample(
-        prompt_uid=prompt.uid,
-        token_ids=np.concatenate([prompt.token_ids, completion.token_ids]),
-        loss_mask=np.repeat([False, advantage is not None], [num_prompt, num_completion]),
-        rollout_logprobs=np.concatenate([silence, completion.logprobs]),
-        advantages=np.concatenate([silence, np.full(num_completion, advantage or 0.0, np.float32)]),
-        routed_experts=completion.routed_experts,
-    )
-
-
-def publish(team: Team, version: int) -> TransferStats:
-    """Carry the trainer's weights into the engines, where they are called ``version`` from now on."""
-    team.policy.wake("weights")
-    with team.trainer.weights_resident():
-        stats = team.trainer.send_weights(version)
-    team.policy.wake("kv_cache")
-    return stats
-
-
-def ask_again(team: Team, page: Page, prompts: Sequence[Prompt], state: RunState) -> list[Sample]:
-    """Send the weights anew and answer these prompts once more, to see whether the engines then agree."""
-    publish(team, version=state.policy_version)
-    seeds = team.seeds(state.episode + 1, "rollout")
-    rollouts = team.policy.rollouts(prompts, team.completions_per_prompt, team.sampling, seeds, page.progress)
-    team.policy.sleep()
-    return [to_sample(group.prompt, completion, 0.0) for group in rollouts for completion in group.completions]
-
-
-def evaluate(team: Team, page: Page, episode: int) -> None:
-    """Answer every evaluation prompt with the evaluation's own sampling and random streams."""
-    if not team.evaluation_prompts:
-        return
-    with page.phase("evaluate"):
-        seeds = team.seeds(episode, "evaluation")
-        rollouts = team.policy.rollouts(
-            team.evaluation_prompts, team.evaluation_completions, team.evaluation_sampling, seeds, page.progress
-        )
-        page.add(describe_evaluation(team.graders.grade(rollouts)))
+SCHEDULES: Final[Mapping[ScheduleName, Callable[[Team], Schedule]]] = {
+    "sync": Synchronous,
+    "over_sampling": OverSampling,
+    "partial_rollout": PartialRollout,
+    "one_step_off": OneStepOff,
+    "async": Asynchronous,
+}

@@ -16,6 +16,7 @@ from chatlearn.cluster.crew import (
     RolePlan,
     TrainerBlueprint,
 )
+from chatlearn.cluster.posts import Patience
 from chatlearn.cluster.workers import Luggage
 from chatlearn.config.layout import Layout, ShardedPlan
 from chatlearn.config.schema import GrpoConfig
@@ -24,6 +25,7 @@ from chatlearn.observability.sinks import JournalSpec, WandbSpec
 from chatlearn.recipe import batch_layout, model_spec, objective, optimizer_spec, parallel_plan
 from chatlearn.rollout.engine import EngineSpec, SamplingPlan
 from chatlearn.rollout.environment import engine_environment
+from chatlearn.rollout.partial import Rounds, round_budgets
 from chatlearn.weights.wire import WireKind, choose_wire
 
 MIN_CACHE_BYTES = 2**28
@@ -116,6 +118,15 @@ def evaluation_plan(config: GrpoConfig) -> SamplingPlan:
     )
 
 
+def partial_rounds(config: GrpoConfig) -> Rounds | None:
+    """The rounds of partial rollout, where that is asked for."""
+    if not config.runtime_args.use_partial_rollout:
+        return None
+    partial = config.models.partial_rollout_manager
+    budgets = round_budgets(config.models.policy.max_response_tokens_length, partial.rollout_ratio)
+    return Rounds(budgets, partial.mini_response_per_prompt)
+
+
 def journal_spec(config: GrpoConfig, layout: Layout, state: RunState) -> JournalSpec:
     """Where the numbers of the run go; what was written after the state one goes on from is forgotten."""
     runtime, log = config.runtime_args, config.runtime_args.log_args_dict
@@ -154,6 +165,7 @@ def blueprint(config: GrpoConfig, layout: Layout, *, one_host: bool) -> Blueprin
         graders=_graders(config, layout),
         takes_turns=takes_turns(layout),
         device_kind=layout.device_kind,
+        patience=Patience(config.runtime_args.engine_timeout_s, config.runtime_args.engine_restart_timeout_s),
     )
 
 

@@ -11,8 +11,11 @@ from chatlearn.algorithm.advantage import ADVANTAGES, AdvantageFn
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.cluster import Cluster, ClusterSpec
 from chatlearn.cluster.crew import open_crew
-from chatlearn.cluster.groups import PolicyGroup, ReferenceGroup, RewardGroup, TrainerGroup
+from chatlearn.cluster.groups import ReferenceGroup, TrainerGroup
+from chatlearn.cluster.pipeline import Asking, Pipeline
 from chatlearn.cluster.placement import Demand
+from chatlearn.cluster.policy_group import PolicyGroup
+from chatlearn.cluster.reward_group import RewardGroup
 from chatlearn.config.environment import Environment
 from chatlearn.config.layout import Layout
 from chatlearn.config.resolve import resolve
@@ -27,7 +30,7 @@ from chatlearn.records import Prompt, Sample
 from chatlearn.reward.gold_check import gold_check
 from chatlearn.reward.grade import gold_prompts
 from chatlearn.rollout.dispatch import SamplingPurpose, engine_seed
-from chatlearn.rollout.engine import SamplingPlan
+from chatlearn.rollout.partial import Rounds
 
 GOLD_LEDGER = "gold_checks.json"
 
@@ -36,7 +39,8 @@ GOLD_LEDGER = "gold_checks.json"
 class Team:
     """Everything the loop speaks to. ``reference`` is absent when ``kl_coef`` is zero.
 
-    ``first_episode`` is the first that this process runs, of a new run or after a resume.
+    ``first_episode`` is the first that this process runs, of a new run or after a resume. ``rounds`` are those of
+    partial rollout, where that is asked for.
     """
 
     args: RuntimeArgs
@@ -44,15 +48,15 @@ class Team:
     first_episode: int
     prompts: PromptStream
     evaluation_prompts: Sequence[Prompt]
+    pipeline: Pipeline
     policy: PolicyGroup
     trainer: TrainerGroup
     reference: ReferenceGroup | None
     graders: RewardGroup
     advantage: AdvantageFn
-    sampling: SamplingPlan
-    evaluation_sampling: SamplingPlan
-    completions_per_prompt: int
-    evaluation_completions: int
+    asking: Asking
+    evaluation_asking: Asking
+    rounds: Rounds | None
     saves_hugging_face: bool
     replays_routes: bool
     config_text: str
@@ -66,6 +70,14 @@ class Team:
     def batches(self, samples: Sequence[Sample], episode: int) -> Iterator[list[Sample]]:
         """The episode's samples, one list for every optimizer step."""
         return self.layout.batches(samples, seed=self.args.seed + episode)
+
+    def care_numbers(self) -> dict[str, float]:
+        """How long the engines were busy since this was asked before, and how many processes were replaced so far."""
+        return {
+            "rollout/engine_busy_s": self.policy.take_busy_s(),
+            "rollout/replaced_engines": float(self.policy.num_replaced),
+            "rule_reward/replaced_graders": float(self.graders.num_replaced),
+        }
 
 
 @contextmanager
@@ -88,7 +100,7 @@ def gather(
     )
     with Cluster.open(spec, heartbeat) as cluster:
         journal.say("starting engines and trainer")
-        crew = open_crew(cluster, specs.blueprint(config, layout, one_host=address is None))
+        crew = open_crew(cluster, specs.blueprint(config, layout, one_host=address is None), journal.say)
         check = gold_check(
             gold_prompts(questions.training.prompts, config.models.reward.function),
             crew.graders.grade_gold,
@@ -106,15 +118,15 @@ def gather(
                 questions.training.prompts, config.runtime_args.seed, config.runtime_args.data_shuffle, position
             ),
             evaluation_prompts=questions.evaluation.prompts if questions.evaluation else (),
+            pipeline=crew.pipeline,
             policy=crew.policy,
             trainer=crew.trainer,
             reference=crew.reference,
             graders=crew.graders,
             advantage=resolve(ADVANTAGES, config.runtime_args.advantage, "runtime_args.advantage"),
-            sampling=specs.sampling_plan(config),
-            evaluation_sampling=specs.evaluation_plan(config),
-            completions_per_prompt=policy.num_inference_per_prompt,
-            evaluation_completions=config.runtime_args.eval_samples_per_prompt,
+            asking=Asking(policy.num_inference_per_prompt, specs.sampling_plan(config)),
+            evaluation_asking=Asking(config.runtime_args.eval_samples_per_prompt, specs.evaluation_plan(config)),
+            rounds=specs.partial_rounds(config),
             saves_hugging_face=config.models.policy_trainer.save_hf,
             replays_routes=config.models.policy_trainer.router_replay is True,
             config_text=resolved_text(config),

@@ -6,11 +6,12 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError
 
@@ -64,6 +65,8 @@ class Cluster:
         self.placement = placement
         self.heartbeat = heartbeat
         self._members: list[Member] = []
+        self._gone: list[Member] = []
+        self._troupes: dict[str, Troupe] = {}
         self._actors_file = ActorsFile(spec.output_dir / "actors.json")
 
     @classmethod
@@ -87,9 +90,8 @@ class Cluster:
 
     def spawn(self, troupes: Sequence[Troupe]) -> list[Group]:
         """Start one actor for every place of every troupe, all at once, and wait until they have arrived."""
-        starting = [
-            [self._start(troupe, rank, place) for rank, place in enumerate(troupe.places)] for troupe in troupes
-        ]
+        self._troupes |= {troupe.role: troupe for troupe in troupes}
+        starting = [[self._start(troupe, rank) for rank in range(len(troupe.places))] for troupe in troupes]
         tickets = [(call(member, "arrive"), member) for members in starting for member in members]
         arrivals: Iterator[Arrival] = iter(collect(tickets, self.heartbeat))
         arrived = [[_met(member, next(arrivals)) for member in members] for members in starting]
@@ -97,9 +99,25 @@ class Cluster:
         self._report("running")
         return [Group(members, _wait) for members in arrived]
 
-    def interruptible(self, group: Group) -> Group:
-        """The same actors, but waiting for them ends when the run's heartbeat says so."""
-        return Group(group.members, self.heartbeat)
+    def replace(self, member: Member) -> Member:
+        """End a process that is dead or hangs, with its children, and start another one in its place.
+
+        The newcomer must ``arrive`` and be introduced.
+        """
+        end(member)
+        self._members.remove(member)
+        self._gone.append(member)
+        newcomer = self._start(self._troupes[member.role], member.rank)
+        self._members.append(newcomer)
+        self._report("running")
+        return newcomer
+
+    def introduce(self, newcomer: Member, arrival: Arrival) -> Member:
+        """A newcomer that has told where it is."""
+        met = _met(newcomer, arrival)
+        self._members[self._members.index(newcomer)] = met
+        self._report("running")
+        return met
 
     def close(self) -> None:
         """Let every actor say goodbye, then end it."""
@@ -114,7 +132,8 @@ class Cluster:
         self._report(state, culprit)
         self.placement.close()
 
-    def _start(self, troupe: Troupe, rank: int, place: Place) -> Member:
+    def _start(self, troupe: Troupe, rank: int) -> Member:
+        place = troupe.places[rank]
         log_file = str((self.spec.output_dir / "logs" / f"{troupe.role}_{rank}.log").absolute())
         one_host = self.spec.address is None
         seat = Seat(troupe.role, rank, len(troupe.places), place.num_threads, log_file, one_host)
@@ -138,7 +157,8 @@ class Cluster:
             )
             for member in self._members
         ]
-        self._actors_file.write([driver, *rows])
+        gone = [Actor(member.role, member.rank, member.host, member.pid, "replaced") for member in self._gone]
+        self._actors_file.write([driver, *rows, *gone])
 
 
 def start_ray(spec: ClusterSpec) -> None:
@@ -155,6 +175,18 @@ def start_ray(spec: ClusterSpec) -> None:
     start_watchdog(os.getpid())
     num_cpus = max(os.cpu_count() or 1, spec.demand.num_slots + spec.demand.num_cpus)
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **common)
+
+
+def end(member: Member) -> None:
+    """Kill a process. Its children are found from this machine only; elsewhere they notice that their parent died."""
+    children: list[psutil.Process] = []
+    if member.host == socket.gethostname():
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(member.pid).children(recursive=True)
+    ray.kill(member.handle, no_restart=True)
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def _met(member: Member, arrival: Arrival) -> Member:

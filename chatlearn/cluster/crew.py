@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from chatlearn import device
 from chatlearn.batch.plan import BatchLayout
 from chatlearn.cluster.cluster import Cluster, Place, Troupe
 from chatlearn.cluster.fanout import Group, Ticket, call, collect
-from chatlearn.cluster.groups import PolicyGroup, ReferenceGroup, RewardGroup, TrainerGroup
+from chatlearn.cluster.groups import ReferenceGroup, TrainerGroup
+from chatlearn.cluster.pipeline import Pipeline
 from chatlearn.cluster.placement import Slot
+from chatlearn.cluster.policy_group import EngineCare, PolicyGroup
+from chatlearn.cluster.posts import Patience
+from chatlearn.cluster.reward_group import GraderCare, RewardGroup
 from chatlearn.cluster.reward_worker import RewardWorker
 from chatlearn.cluster.rollout_worker import RolloutWorker
+from chatlearn.cluster.weight_supply import WeightSupply, Wiring
 from chatlearn.cluster.workers import Luggage, ReferenceWorker, TrainerWorker
 from chatlearn.device import DeviceKind
 from chatlearn.errors import RunError
@@ -95,20 +100,25 @@ class Blueprint:
     graders: GraderBlueprint
     takes_turns: bool
     device_kind: DeviceKind
+    patience: Patience
 
 
 @dataclass(frozen=True)
 class Crew:
-    """The open groups."""
+    """The open groups, and what leads from prompts through engines and graders."""
 
+    pipeline: Pipeline
     policy: PolicyGroup
     trainer: TrainerGroup
     reference: ReferenceGroup | None
     graders: RewardGroup
 
 
-def open_crew(cluster: Cluster, blueprint: Blueprint) -> Crew:
-    """Start every process of the run, load the models, and connect trainer and engines."""
+def open_crew(cluster: Cluster, blueprint: Blueprint, tell: Callable[[str], None]) -> Crew:
+    """Start every process of the run, load the models, and connect trainer and engines.
+
+    ``tell`` says something to the person who watches, such as that an engine was replaced.
+    """
     troupes = [
         Troupe("policy", RolloutWorker, _places(cluster, blueprint.policy.plan)),
         Troupe("policy_trainer", TrainerWorker, _places(cluster, blueprint.trainer.sharded.plan)),
@@ -116,11 +126,13 @@ def open_crew(cluster: Cluster, blueprint: Blueprint) -> Crew:
     ]
     if blueprint.reference is not None:
         troupes.append(Troupe("ref_policy", ReferenceWorker, _places(cluster, blueprint.reference.plan)))
-    engines, trainers, graders, *references = cluster.spawn(troupes)
+    engines, trainers, judges, *references = cluster.spawn(troupes)
 
-    policy = PolicyGroup(engines, cluster.interruptible(engines), blueprint.policy.gives_way)
+    policy = PolicyGroup(engines, cluster, _engine_care(blueprint, tell))
+    graders = RewardGroup(judges, cluster, _grader_care(blueprint, tell))
+    pipeline = Pipeline(policy, graders, cluster.heartbeat)
     opening = engines.start("open", [(blueprint.policy.engine, spec) for spec in blueprint.policy.replicas])
-    opening += graders.start("open", _grading(blueprint.graders))
+    opening += judges.start("open", [_grading(blueprint.graders)] * blueprint.graders.plan.num_processes)
     if blueprint.takes_turns:  # An engine measures how much memory is free: the trainer must not be there yet.
         collect(opening, cluster.heartbeat)
         opening = []
@@ -128,18 +140,41 @@ def open_crew(cluster: Cluster, blueprint: Blueprint) -> Crew:
     opening += _open_trainer(trainers, blueprint)
     opening += [ticket for group in references for ticket in _open_reference(group, blueprint)]
     collect(opening, cluster.heartbeat)
-    if blueprint.policy.wire == "shared_memory":  # The other wires are vLLM's own, from end to end.
+    if _proves(blueprint.policy):
         collect(engines.start("prove", [(spec.model_path,) for spec in blueprint.policy.replicas]), cluster.heartbeat)
 
+    # While trainer and reference work, engines and graders are looked after.
+    trainers, *references = [Group(group.members, pipeline.advance) for group in (trainers, *references)]
     learning = blueprint.trainer
     trainer = TrainerGroup(trainers, learning.steps, learning.sharded.scores, learning.sharded.luggage)
-    meeting = trainers.first("wire_meeting", _num_engine_ranks(blueprint.policy))
-    trainers.map("connect", blueprint.policy.wire, engines.members, meeting)
+    supply = WeightSupply(trainers, _wiring(blueprint), learning.sharded.luggage)
+    supply.connect(engines.members)
+    policy.supplied_by(supply)
     reference = _reference_group(references, trainer, blueprint)
     trainer.send_home()
     if reference is not None:
         reference.send_home()
-    return Crew(policy, trainer, reference, RewardGroup(graders))
+    return Crew(pipeline, policy, trainer, reference, graders)
+
+
+def _wiring(blueprint: Blueprint) -> Wiring:
+    num_ranks = sum(spec.tensor_parallel_size for spec in blueprint.policy.replicas)
+    return Wiring(blueprint.policy.wire, num_ranks, blueprint.patience.silence_s)
+
+
+def _engine_care(blueprint: Blueprint, tell: Callable[[str], None]) -> EngineCare:
+    policy = blueprint.policy
+    return EngineCare(policy.engine, policy.replicas, _proves(policy), policy.gives_way, blueprint.patience, tell)
+
+
+def _proves(policy: EngineBlueprint) -> bool:
+    """The other wires are vLLM's own, from end to end."""
+    return policy.wire == "shared_memory"
+
+
+def _grader_care(blueprint: Blueprint, tell: Callable[[str], None]) -> GraderCare:
+    graders = blueprint.graders
+    return GraderCare(_grading(graders), graders.deadline_s, blueprint.patience, tell)
 
 
 def _places(cluster: Cluster, plan: RolePlan) -> list[Place]:
@@ -163,12 +198,8 @@ def _place(slots: Sequence[Slot], numbers: Sequence[int], environment: dict[str,
     return Place(mine[0], plan.device_share, plan.num_cpus, plan.num_threads, environment | seen)
 
 
-def _num_engine_ranks(policy: EngineBlueprint) -> int:
-    return sum(spec.tensor_parallel_size for spec in policy.replicas)
-
-
-def _grading(graders: GraderBlueprint) -> list[tuple[str | None, float, int]]:
-    return [(graders.reward, graders.deadline_s, graders.num_processes)] * graders.plan.num_processes
+def _grading(graders: GraderBlueprint) -> tuple[str | None, float, int]:
+    return graders.reward, graders.deadline_s, graders.num_processes
 
 
 def _open_trainer(trainers: Group, blueprint: Blueprint) -> list[Ticket]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from chatlearn.errors import ChatLearnError, WorkerError
 
-POLL_S = 0.2  # How long a Ctrl-C may go unnoticed while actors work.
+POLL_S = 0.05  # How long a Ctrl-C may go unnoticed while actors work, and what else goes on may have to wait.
 ROOT_CAUSE_GRACE_S = 3.0  # When a rank dies its peers fail too, often sooner; so long we wait for the real culprit.
 
 
@@ -56,22 +56,6 @@ class Group:
         member = self.members[0]
         return collect([(call(member, method, *arguments), member)], self.heartbeat)[0]
 
-    def stream(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """Call a generator method on every member and yield what they yield, in the order in which it comes."""
-        pairs = zip(self.members, arguments, strict=True)
-        # Keys are Ray's generators, which ``ray.wait`` takes and returns, though its types speak of references.
-        waiting: dict[Any, Member] = {call(member, method, *values): member for member, values in pairs}
-        while waiting:
-            ready: list[Any] = ray.wait(list(waiting), num_returns=1, timeout=POLL_S)[0]
-            self.heartbeat()
-            for generator in ready:
-                try:
-                    reference = next(generator)
-                except StopIteration:
-                    del waiting[generator]
-                else:
-                    yield collect([(reference, waiting[generator])], self.heartbeat)[0]
-
 
 def call(member: Member, method: str, *arguments: Any) -> Any:
     """Start one remote call and return its reference (or its generator)."""
@@ -108,7 +92,7 @@ def _root_cause(error: RayError, member: Member, waiting: dict[Any, Member]) -> 
     return explain(error, member)
 
 
-def explain(error: RayError, member: Member) -> ChatLearnError:
+def explain(error: RayError, member: Member) -> WorkerError:
     """One readable sentence for what Ray reports; an error of ours keeps its own words."""
     if isinstance(error, RayTaskError):
         cause = error.cause

@@ -1,8 +1,8 @@
-"""Typed faces of the groups of actors: what the loop says to the policy, the trainer, the reference and the graders."""
+"""Typed faces of the sharded models: what the loop says to the trainer and to the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,55 +12,13 @@ from chatlearn.batch.pack import TrainBatch, pack, unpack
 from chatlearn.batch.plan import BatchLayout, oversized
 from chatlearn.checkpoint.manifest import FileRecord
 from chatlearn.checkpoint.sharded import Restored
+from chatlearn.cluster.engine_client import Delivery
 from chatlearn.cluster.fanout import Group
 from chatlearn.cluster.workers import Luggage
 from chatlearn.errors import RunError
 from chatlearn.numerics.change import Change
 from chatlearn.observability.describe import Capacity
-from chatlearn.records import FloatStream, Graded, Prompt, Rollout, Sample, StepStats
-from chatlearn.rollout.dispatch import assemble, plan_dispatch
-from chatlearn.rollout.engine import Finished, SamplingPlan, WakePart
-from chatlearn.weights.wire import TransferStats
-
-Progress = Callable[[int, int], None]  # done, of how many
-
-
-class PolicyGroup:
-    """The replicas of the rollout engine.
-
-    ``gives_way`` says that their memory is for others between rollouts. ``interruptible`` is the same group, but
-    waiting for it ends when the user asks to stop: only what is being generated may be thrown away.
-    """
-
-    def __init__(self, group: Group, interruptible: Group, gives_way: bool) -> None:
-        self.group = group
-        self.interruptible = interruptible
-        self.gives_way = gives_way
-
-    def rollouts(
-        self, prompts: Sequence[Prompt], num_completions: int, plan: SamplingPlan, seeds: Sequence[int], show: Progress
-    ) -> list[Rollout]:
-        """Answer every prompt ``num_completions`` times; ``seeds`` has one entry for each replica.
-
-        Who answers what is planned from the batch alone, so the same batch and seeds sample the same answers.
-        """
-        shares = plan_dispatch(prompts, num_completions, len(self.group.members))
-        arguments = [(requests, replace(plan, seed=seed)) for requests, seed in zip(shares, seeds, strict=True)]
-        finished: list[Finished] = []
-        for parcel in self.interruptible.stream("generate", arguments):
-            finished.extend(parcel)
-            show(len(finished), len(prompts) * num_completions)
-        return assemble(prompts, num_completions, finished)
-
-    def wake(self, part: WakePart) -> None:
-        """Take a part of the device's memory back, where it was given away."""
-        if self.gives_way:
-            self.group.map("wake", part)
-
-    def sleep(self) -> None:
-        """Give the device's memory to those who share it; the next transfer brings the weights again."""
-        if self.gives_way:
-            self.group.map("sleep")
+from chatlearn.records import FloatStream, Sample, StepStats
 
 
 class TrainerGroup:
@@ -102,10 +60,10 @@ class TrainerGroup:
         """How many samples are longer than a micro-batch should be; each gets one of its own."""
         return len(oversized([len(sample.token_ids) for sample in samples], self.steps))
 
-    def send_weights(self, version: int) -> TransferStats:
+    def send_weights(self, version: int) -> Delivery:
         """Stream the current weights into the engines."""
-        stats: TransferStats = self.group.map("send_weights", version)[0]
-        return stats
+        delivery: Delivery = self.group.map("send_weights", version)[0]
+        return delivery
 
     def save(self, staging: Path) -> tuple[FileRecord, ...]:
         """Every rank writes its shards; returns what they wrote."""
@@ -179,26 +137,6 @@ class ReferenceGroup:
         """Weights are on the device inside, and at home outside where others need the device."""
         with _resident(self.group, self.luggage):
             yield
-
-
-class RewardGroup:
-    """The replicas of the grader."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-
-    def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
-        """Judge every completion; the answers are in the order of the rollouts."""
-        num_workers = len(self.group.members)
-        shares = [(list(rollouts[worker::num_workers]),) for worker in range(num_workers)]
-        graded: list[list[Graded]] = self.group.each("grade", shares)
-        return [graded[index % num_workers][index // num_workers] for index in range(len(rollouts))]
-
-    def grade_gold(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Try the graders on gold answers; a line for each one that is not recognised."""
-        num_workers = len(self.group.members)
-        shares = [(list(prompts[worker::num_workers]),) for worker in range(num_workers)]
-        return [line for lines in self.group.each("grade_gold", shares) for line in lines]
 
 
 def score(

@@ -1,25 +1,25 @@
-"""The shell around a rollout engine."""
+"""The shell around a rollout engine: every call is short, so that an engine that hangs is noticed by the clock."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from chatlearn.cluster.seat import Arrival, Seat, arrive, take_seat
+from chatlearn.errors import EngineFaultError
 
 if TYPE_CHECKING:
     from chatlearn.rollout.engine import EngineSpec, Finished, Request, SamplingPlan, WakePart
     from chatlearn.weights.wire import TransferMessage
 
-STREAM_EVERY_S = 0.25  # Completions travel to the driver in parcels of this much time: soon, but not one by one.
-
 
 class RolloutWorker:
-    """One replica of the rollout engine."""
+    """One replica of the rollout engine.
+
+    Calls of the driver and of the trainer take turns: weights may arrive between two calls of ``work``.
+    """
 
     def __init__(self, seat: Seat) -> None:
-        self._seat = seat
         take_seat(seat)
 
     def arrive(self) -> Arrival:
@@ -28,8 +28,11 @@ class RolloutWorker:
 
     def open(self, engine: str, spec: EngineSpec) -> None:
         """Start the engine called ``engine``."""
+        from chatlearn.models.naming import EMBEDDING
         from chatlearn.rollout.engine import build_engine
+        from chatlearn.weights.checkpoint_source import expected_tensors
 
+        self._vocabulary = expected_tensors(spec.model_path)[EMBEDDING][0]
         self._engine = build_engine(engine, spec)
 
     def prove(self, model_path: str) -> None:
@@ -38,18 +41,27 @@ class RolloutWorker:
 
         prove_weight_transfer(self._engine, model_path)
 
-    def generate(self, requests: Sequence[Request], plan: SamplingPlan) -> Iterator[list[Finished]]:
-        """Answer the requests; what finishes goes out in parcels as time passes."""
+    def submit(self, requests: Sequence[Request], plan: SamplingPlan) -> None:
+        """Queue requests; ``work`` answers them."""
         self._engine.submit(requests, plan)
-        parcel: list[Finished] = []
-        sent = time.monotonic()
-        for finished in self._engine.completions():
-            parcel.append(finished)
-            if time.monotonic() - sent > STREAM_EVERY_S:
-                yield parcel
-                parcel, sent = [], time.monotonic()
-        if parcel:
-            yield parcel
+
+    def work(self, patience_s: float) -> list[Finished]:
+        """Compute for so many seconds and return the answers that came out.
+
+        Raises ``EngineFaultError`` where one of them cannot be an answer.
+        """
+        from chatlearn.rollout.soundness import fault_of
+
+        finished = list(self._engine.completions(patience_s))
+        for item in finished:
+            fault = fault_of(item, self._vocabulary)
+            if fault is not None:
+                raise EngineFaultError(f"it answered request {item.request_id} with {fault}")
+        return finished
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End these requests; they come out of ``work`` with the tokens they have."""
+        self._engine.abort(request_ids)
 
     def load_weights(self, message: TransferMessage) -> None:
         """Take part in a weight transfer."""

@@ -61,8 +61,10 @@ def meeting_place(seat: Seat) -> str:
     """
     if seat.one_host:
         return f"file://{Path(seat.log_file).with_suffix('')}_meeting_{os.getpid()}"
-    address, port = free_address()
-    return f"tcp://{address}:{port}"
+    from chatlearn.trainer.parallel import hold_meeting_port
+
+    address = ray.util.get_node_ip_address()
+    return f"tcp://{address}:{hold_meeting_port(address)}"
 
 
 def free_address() -> tuple[str, int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chatlearn import device
-from chatlearn.cluster.engine_client import RayEngineClient
+from chatlearn.cluster.engine_client import Delivery, RayEngineClient
 from chatlearn.cluster.seat import Arrival, Seat, arrive, free_address, meet, meeting_place, take_seat
 from chatlearn.observability.describe import Capacity
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from chatlearn.trainer.optimizer import OptimizerSpec
     from chatlearn.trainer.parallel import ParallelPlan, Rendezvous
     from chatlearn.trainer.residency import Residency
-    from chatlearn.weights.wire import TransferStats, WireKind, WireMeeting
+    from chatlearn.weights.wire import WireKind, WireMeeting
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,27 @@ class TrainerWorker:
         address, port = free_address()
         return WireMeeting(address, port, num_engine_ranks)
 
-    def connect(self, kind: WireKind, engines: Sequence[Member], meeting: WireMeeting | None) -> None:
+    def connect(self, kind: WireKind, engines: Sequence[Member], meeting: WireMeeting | None, silence_s: float) -> None:
         """Build this rank's end of the wire; every rank takes part, rank 0 speaks."""
         from chatlearn.weights.sender import build_sender
 
-        self._sender = build_sender(kind, self._model, RayEngineClient(engines), self._seat.rank, meeting)
+        self._kind: WireKind = kind
+        self._silence_s = silence_s
+        self._engines = RayEngineClient(engines, silence_s)
+        self._sender = build_sender(kind, self._model, self._engines, self._seat.rank, meeting)
 
-    def send_weights(self, version: int) -> TransferStats:
+    def send_weights(self, version: int) -> Delivery:
         """Stream the current weights into the engines as ``version``."""
-        return self._sender.send(version)
+        return Delivery(self._sender.send(version), self._engines.take_lost())
+
+    def admit(self, engine: Member, version: int) -> None:
+        """Bring the current weights, which are ``version``, to an engine that took the place of another."""
+        from chatlearn.weights.sender import build_sender
+
+        alone = build_sender(self._kind, self._model, RayEngineClient([engine], self._silence_s), self._seat.rank)
+        alone.send(version)
+        alone.close()
+        self._engines.admit(engine)
 
     def step(self, micro_batches: Sequence[MicroBatch], num_loss_tokens: int, iteration: int) -> StepStats:
         """Take one optimizer step with this rank's share of a batch."""

@@ -8,6 +8,7 @@ from typing import Final
 
 from chatlearn.config.environment import Environment
 from chatlearn.config.placement import DeviceGroup
+from chatlearn.config.schedule import schedule_problems
 from chatlearn.config.schema import GrpoConfig
 
 CORRECTION: Final = "models.policy_trainer.rollout_correction"
@@ -25,6 +26,7 @@ def cross_problems(config: GrpoConfig) -> list[str]:
         *_adapter_problems(config),
         *_evaluation_problems(config),
         *_colocation_problems(config),
+        *schedule_problems(config),
     ]
 
 

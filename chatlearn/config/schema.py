@@ -70,6 +70,18 @@ class RuntimeArgs(Section):
     """Evaluation data, written like `data_path`; absent: nothing is evaluated."""
     data_checkpoint_path: Text | None = None
     """Folder of the readable copy of the position in the data; `{output_dir}/data_checkpoint_path` where absent."""
+    schedule: Literal["sync", "one_step_off", "async"] = "sync"
+    """`sync`: engines answer, the trainer learns; `one_step_off`: they answer the next meanwhile; `async`: always."""
+    max_staleness: Annotated[int, Field(ge=0)] = 1
+    """Bound for `schedule=async`: a token may be so many versions older than the weights that learn from it."""
+    over_sampling_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """Ask so many times more prompts than needed, and stop the last ones; for `schedule=sync`."""
+    use_partial_rollout: bool = False
+    """Answers go on in the next episode, in the rounds of `models.partial_rollout_manager`; for `schedule=sync`."""
+    engine_timeout_s: PositiveNumber = 300.0
+    """Seconds without an answer after which an engine or a grader is replaced; no single step may take longer."""
+    engine_restart_timeout_s: PositiveNumber = 600.0
+    """Seconds that a replacement may take to start; three that fail within them end the run."""
     data_shuffle: bool = True
     """Draw prompts in an order that is shuffled anew for each pass over the data."""
     num_episode: Positive
@@ -179,6 +191,17 @@ class RewardArgs(Section):
     """Seconds that grading one answer may take."""
 
 
+class PartialRolloutArgs(Section):
+    """The rounds in which answers are sampled, where `runtime_args.use_partial_rollout` is on."""
+
+    max_rollout_round: Annotated[int, Field(ge=1)] = 2
+    """Rounds, one in each episode, after which an answer is finished whatever it is."""
+    rollout_ratio: tuple[PositiveNumber, ...] = (0.5, 0.5)
+    """The share of `max_response_tokens_length` that an answer may use in each round; they add up to 1."""
+    mini_response_per_prompt: Annotated[int, Field(ge=1)] = 16
+    """A prompt's answers are learned from once more of them than this are finished, and later ones as they come."""
+
+
 class ModelsArgs(Section):
     """The roles of a run."""
 
@@ -186,6 +209,7 @@ class ModelsArgs(Section):
     policy_trainer: TrainerArgs
     ref_policy: ReferenceArgs = ReferenceArgs()
     reward: RewardArgs = RewardArgs()
+    partial_rollout_manager: PartialRolloutArgs = PartialRolloutArgs()
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,19 @@ def describe_rollouts(graded: Sequence[Graded]) -> dict[str, float]:
     }
 
 
+def describe_versions(graded: Sequence[Graded], trained: int) -> dict[str, float]:
+    """How many versions older than ``trained``, the weights that learn from them, the tokens of answers are."""
+    runs = [run for group in graded for answer in group.rollout.completions for run in answer.versions]
+    num_tokens = sum(run.num_tokens for run in runs)
+    if num_tokens == 0:
+        return {}
+    total = sum((trained - run.version) * run.num_tokens for run in runs)
+    return {
+        "rollout/staleness_mean": total / num_tokens,
+        "rollout/staleness_max": float(max(trained - run.version for run in runs)),
+    }
+
+
 def describe_scores(graded: Sequence[Graded]) -> dict[str, float]:
     """What the rewards say, and on how many completions the grader itself failed."""
     scores = [score for group in graded for score in group.scores]
@@ -236,8 +249,8 @@ def derived(metrics: Mapping[str, float]) -> dict[str, float]:
         seconds = [metrics[phase] for phase in phases if phase in metrics]
         if seconds:
             numbers[f"engine/timer_summary/{name}"] = sum(seconds)
-    if "rollout/response_tokens" in metrics and metrics.get("time/rollout", 0) > 0:
-        numbers["rollout/tokens_per_s"] = metrics["rollout/response_tokens"] / metrics["time/rollout"]
+    if "rollout/response_tokens" in metrics and metrics.get("rollout/engine_busy_s", 0) > 0:
+        numbers["rollout/tokens_per_s"] = metrics["rollout/response_tokens"] / metrics["rollout/engine_busy_s"]
     if "rollout/response_tokens" in metrics and metrics.get("time/episode", 0) > 0:
         num_tokens = metrics["rollout/prompt_tokens"] + metrics["rollout/response_tokens"]
         numbers["engine/timer_summary/tps_throughput"] = num_tokens / metrics["time/episode"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
+
+import numpy as np
 
 from chatlearn.errors import RunError
 from chatlearn.records import Completion, IntStream
@@ -85,15 +88,25 @@ class SamplingPlan:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One answer that is wanted; ``request_id`` is unique among those in flight."""
+    """One answer that is wanted; ``request_id`` is unique among those in flight.
+
+    ``begun`` is the part of the answer that is there already, perhaps from older weights: the engine goes on after it.
+    """
 
     request_id: str
     prompt_token_ids: IntStream  # [P]
+    begun: Completion | None = None
+
+    def known_token_ids(self) -> IntStream:
+        """What stands before the first token that is wanted: the prompt, and what there is of the answer."""
+        if self.begun is None:
+            return self.prompt_token_ids
+        return np.concatenate([self.prompt_token_ids, self.begun.token_ids])
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """One answer that came out. An aborted request comes out too, with the tokens it had."""
+    """One answer that came out, whole: with what was begun before. An aborted one has the tokens that it had."""
 
     request_id: str
     completion: Completion
@@ -111,12 +124,15 @@ class RolloutEngine(Protocol):
         """Queue requests; answers are computed while ``completions`` is being read."""
         ...
 
-    def completions(self) -> Iterator[Finished]:
-        """Yield answers as they finish, until nothing is in flight."""
+    def completions(self, patience_s: float = math.inf) -> Iterator[Finished]:
+        """Yield answers as they finish, until nothing is in flight or so many seconds have passed.
+
+        What is in flight stays so; the next call goes on. How the work is cut into calls changes no answer.
+        """
         ...
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """End these requests now; ids that are not in flight are ignored."""
+        """End these requests now, to come out with the tokens they have; ids that are not in flight are ignored."""
         ...
 
     def load_weights(self, message: TransferMessage) -> None:
@@ -143,9 +159,10 @@ class RolloutEngine(Protocol):
 def require_room(requests: Sequence[Request], spec: EngineSpec) -> None:
     """Refuse a prompt that leaves no room for a single token of an answer."""
     for request in requests:
-        if len(request.prompt_token_ids) >= spec.max_model_len:
+        num_known = len(request.known_token_ids())
+        if num_known >= spec.max_model_len:
             raise RunError(
-                f"request {request.request_id}: its prompt has {len(request.prompt_token_ids)} tokens and "
+                f"request {request.request_id}: its prompt has {num_known} tokens and "
                 f"max_model_len={spec.max_model_len} bounds prompt and answer together; drop long prompts or raise it"
             )
 

@@ -5,6 +5,8 @@ All answers in flight advance together by one token, as rows of one left-padded 
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +22,8 @@ from torch import Tensor
 from chatlearn.errors import ConfigError, WeightTransferError
 from chatlearn.models.family import family_of
 from chatlearn.models.router_replay import RouteRecorder
-from chatlearn.records import Completion, ExpertStream, FinishReason, VersionRun
+from chatlearn.records import Completion, ExpertStream, FinishReason, IntStream, VersionRun
+from chatlearn.rollout.continuation import continued
 from chatlearn.rollout.engine import (
     FIRST_VERSION,
     EngineSpec,
@@ -53,7 +56,7 @@ class Answer:
 
     def tokens_so_far(self) -> list[int]:
         """Prompt and answer."""
-        return [*self.request.prompt_token_ids.tolist(), *self.token_ids]
+        return [*self.request.known_token_ids().tolist(), *self.token_ids]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +94,9 @@ class TransformersEngine:
             self._generator.manual_seed(plan.seed)
         self._waiting.extend(Answer(request, plan) for request in requests)
 
-    def completions(self) -> Iterator[Finished]:
-        while self._in_flight():
+    def completions(self, patience_s: float = math.inf) -> Iterator[Finished]:
+        until = time.monotonic() + patience_s
+        while self._in_flight() and time.monotonic() < until:
             while self._aborted:
                 yield self._finished(self._aborted.popleft(), "abort")
             if self._waiting or self._batch.answers:
@@ -201,7 +205,8 @@ class TransformersEngine:
 
     def _sample(self, answer: Answer, logits: Tensor, version: int) -> None:
         prompt = torch.from_numpy(answer.request.prompt_token_ids).to(self._device, torch.int64)
-        generated = torch.tensor(answer.token_ids, dtype=torch.int64, device=self._device)
+        known = answer.tokens_so_far()[len(prompt) :]
+        generated = torch.tensor(known, dtype=torch.int64, device=self._device)
         logprobs = processed_logits(logits, prompt, generated, answer.plan).log_softmax(-1)
         if answer.plan.temperature == 0:
             token_id = int(logprobs.argmax())
@@ -214,20 +219,24 @@ class TransformersEngine:
     def _finish_reason(self, answer: Answer) -> FinishReason | None:
         if answer.token_ids[-1] in self._end_ids:
             return "stop"
-        full = len(answer.request.prompt_token_ids) + len(answer.token_ids) >= self._spec.max_model_len
+        full = len(answer.tokens_so_far()) >= self._spec.max_model_len
         return "length" if full or len(answer.token_ids) >= answer.plan.max_tokens else None
 
     def _finished(self, answer: Answer, reason: FinishReason) -> Finished:
         runs = tuple(VersionRun(version, len(list(tokens))) for version, tokens in groupby(answer.versions))
+        token_ids = np.asarray(answer.token_ids, dtype=np.int32)
         completion = Completion(
-            token_ids=np.asarray(answer.token_ids, dtype=np.int32),
+            token_ids=token_ids,
             logprobs=np.asarray(answer.logprobs, dtype=np.float32),
-            text=self._tokenizer.decode(answer.token_ids, skip_special_tokens=True),
+            text=self._text(token_ids),
             finish_reason=reason,
             versions=runs,
             routed_experts=None if self._recorder is None else self._recorder.joined(answer.routes),
         )
-        return Finished(answer.request.request_id, completion)
+        return Finished(answer.request.request_id, continued(answer.request.begun, completion, self._text))
+
+    def _text(self, token_ids: IntStream) -> str:
+        return self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
 
 
 def keep_rows(batch: Batch, rows: list[int]) -> Batch:

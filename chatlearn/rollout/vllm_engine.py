@@ -6,15 +6,19 @@ whoever reads ``completions``; start the process with ``environment.engine_envir
 
 from __future__ import annotations
 
+import math
 import os
 import queue
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from chatlearn.errors import MissingExtraError, RunError, WeightTransferError
-from chatlearn.records import Completion, ExpertStream, FinishReason, VersionRun
+from chatlearn.records import Completion, ExpertStream, FinishReason, IntStream, VersionRun
+from chatlearn.rollout.continuation import continued
 from chatlearn.rollout.engine import (
     FIRST_VERSION,
     EngineSpec,
@@ -41,6 +45,14 @@ BACKENDS = {"shared_memory": "chatlearn_shared_memory", "ipc": "ipc", "nccl": "n
 SLEEP_LEVEL = 2
 
 
+@dataclass(frozen=True)
+class InFlight:
+    """A request, and what vLLM calls it inside."""
+
+    request: Request
+    internal_id: str
+
+
 class VllmEngine:
     """A ``RolloutEngine`` around one ``LLMEngine``."""
 
@@ -54,7 +66,7 @@ class VllmEngine:
         if spec.return_routed_experts and spec.device_kind == "cpu":
             self._rpc("chatlearn_capture_routes")
         # What is in flight, and what vLLM calls it inside.
-        self._in_flight: dict[str, str] = {}
+        self._in_flight: dict[str, InFlight] = {}
         self._aborted: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
 
     def submit(self, requests: Sequence[Request], plan: SamplingPlan) -> None:
@@ -67,11 +79,13 @@ class VllmEngine:
         params = sampling_params(plan)
         for request in requests:
             assert request.request_id not in self._in_flight, f"{request.request_id} is already in flight"
-            prompt = tokens_input(request.prompt_token_ids.tolist())
-            self._in_flight[request.request_id] = self._engine.add_request(request.request_id, prompt, params)
+            prompt = tokens_input(request.known_token_ids().tolist())
+            internal_id = self._engine.add_request(request.request_id, prompt, params)
+            self._in_flight[request.request_id] = InFlight(request, internal_id)
 
-    def completions(self) -> Iterator[Finished]:
-        while self._in_flight:
+    def completions(self, patience_s: float = math.inf) -> Iterator[Finished]:
+        until = time.monotonic() + patience_s
+        while self._in_flight and time.monotonic() < until:
             while not self._aborted.empty():
                 yield self._take(self._aborted.get())
             if self._in_flight:
@@ -148,8 +162,12 @@ class VllmEngine:
         self._engine.collective_rpc(method, args=arguments)
 
     def _take(self, output: RequestOutput) -> Finished:
-        routes = self._routes(self._in_flight.pop(output.request_id), output)
-        return Finished(output.request_id, self._completion(output, routes))
+        taken = self._in_flight.pop(output.request_id)
+        completion = self._completion(output, self._routes(taken.internal_id, output))
+        return Finished(output.request_id, continued(taken.request.begun, completion, self._decode))
+
+    def _decode(self, token_ids: IntStream) -> str:
+        return self._engine.get_tokenizer().decode(token_ids.tolist(), skip_special_tokens=True)
 
     def _routes(self, internal_id: str, output: RequestOutput) -> ExpertStream | None:
         """Where the tokens of a finished request were routed, if that is wanted."""
@@ -166,7 +184,7 @@ class VllmEngine:
 
     def _completion(self, output: RequestOutput, routes: ExpertStream | None) -> Completion:
         answer = output.outputs[0]
-        token_ids = list(answer.token_ids)
+        token_ids = np.asarray(answer.token_ids, dtype=np.int32)
         num_passed = len(output.prompt_token_ids or ()) + len(token_ids) - 1
         if routes is not None and answer.finish_reason != "abort" and len(routes) < num_passed:
             raise RunError(
@@ -177,9 +195,9 @@ class VllmEngine:
         logprobs = cast("Any", answer.logprobs).logprobs
         spans = answer.weight_versions or []
         return Completion(
-            token_ids=np.asarray(token_ids, dtype=np.int32),
+            token_ids=token_ids,
             logprobs=np.asarray(logprobs, dtype=np.float32),
-            text=self._engine.get_tokenizer().decode(token_ids, skip_special_tokens=True),
+            text=self._decode(token_ids),
             finish_reason=cast("FinishReason", answer.finish_reason),
             versions=tuple(VersionRun(int(span.version), span.end - span.start) for span in spans),
             routed_experts=routes,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore  # torch.distributed has it too, but does not declare it
 from torch.distributed.device_mesh import init_device_mesh
 
 from chatlearn import device
@@ -87,12 +88,27 @@ def _choices(number: int) -> str:
     return " or ".join(str(size) for size in range(1, number + 1) if number % size == 0)
 
 
+# Listeners live as long as their process: torch closes one that nobody holds.
+_listeners: list[TCPStore] = []
+
+
 @dataclass(frozen=True)
 class Rendezvous:
     """Where the ranks of one model meet: torch's ``init_method`` (``tcp://host:port`` or ``file:///path``)."""
 
     place: str
     device_kind: DeviceKind
+
+
+def hold_meeting_port(address: str) -> int:
+    """Begin to listen for the other ranks, in the process that will be rank 0; returns the port, which nobody can take.
+
+    ``open_process_group`` finds the listener by its address. A port that was merely free a moment ago may be taken
+    before the ranks have loaded what they need to meet.
+    """
+    listener = TCPStore(address, 0, None, is_master=True, wait_for_workers=False, multi_tenant=True)
+    _listeners.append(listener)
+    return listener.port
 
 
 def open_process_group(rank: int, num_ranks: int, meeting: Rendezvous) -> None:

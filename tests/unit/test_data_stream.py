@@ -88,6 +88,23 @@ def test_a_repeat_within_a_take_waits_for_the_next() -> None:
     assert set(tail) <= set(uids(second)[:3])
 
 
+@laws
+@given(size=sizes, taken=st.integers(1, 30), returned=st.integers(0, 30), seed=st.integers(0, 9))
+def test_prompts_that_are_given_back_come_first_and_nothing_else_changes(
+    size: int, taken: int, returned: int, seed: int
+) -> None:
+    """Whether they are given back in this process, or were unfinished when it ended and another one goes on."""
+    prompts = make_prompts(size)
+    stream, plain = PromptStream(prompts, seed, shuffle=True), PromptStream(prompts, seed, shuffle=True)
+    taken = min(taken, size)
+    unfinished = stream.take(taken)[taken - min(returned, taken) :]
+    plain.take(taken)
+    resumed = PromptStream(prompts, seed, shuffle=True, position=stream.position_before(unfinished))
+    stream.give_back(unfinished)
+    assert uids(resumed.take(len(unfinished))) == uids(stream.take(len(unfinished))) == uids(unfinished)
+    assert resumed.position == stream.position == plain.position
+
+
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     prompts = make_prompts(50)
     stream = PromptStream(prompts, seed=1, shuffle=True)

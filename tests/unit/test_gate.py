@@ -81,8 +81,8 @@ def checked(gate: str, trainer: Trainer, sampling: SamplingPlan = PLAIN) -> list
         args=SimpleNamespace(numerics_gate=gate),
         layout=SimpleNamespace(trainer=plan, device_kind="cpu", policy=SimpleNamespace(num_replicas=1)),
         trainer=trainer,
-        sampling=sampling,
-        evaluation_sampling=SamplingPlan(temperature=0.6),
+        asking=SimpleNamespace(plan=sampling),
+        evaluation_asking=SimpleNamespace(plan=SamplingPlan(temperature=0.6)),
         replays_routes=False,
     )
     completion = Completion(np.array([2, 3], np.int32), np.float32([-1, -1]), "", "stop", (VersionRun(0, 2),))

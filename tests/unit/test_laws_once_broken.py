@@ -25,7 +25,7 @@ from chatlearn.config.environment import Environment
 from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.read import read_config
 from chatlearn.config.schema import GrpoConfig
-from chatlearn.grpo import compare
+from chatlearn.episode import compare
 from chatlearn.observability.journal import Journal
 from chatlearn.records import Completion, Graded, Prompt, Rollout, Score, VersionRun
 from chatlearn.saving import FRESH, resume, save, state_found

@@ -18,6 +18,7 @@ from chatlearn.observability.describe import (
     describe_rollouts,
     describe_steps,
     describe_transfer,
+    describe_versions,
     pass_at,
     pass_chance,
 )
@@ -203,7 +204,8 @@ def test_transfer_speed_is_in_gigabytes() -> None:
 
 def test_speeds_and_the_timers_of_the_original_follow_from_the_phases() -> None:
     times = {"time/episode": 20.0, "time/rollout": 8.0, "time/reward": 1.0, "time/train": 6.0, "time/publish": 0.5}
-    numbers = derived(times | {"rollout/response_tokens": 4000.0, "rollout/prompt_tokens": 1000.0})
+    tokens = {"rollout/response_tokens": 4000.0, "rollout/prompt_tokens": 1000.0, "rollout/engine_busy_s": 8.0}
+    numbers = derived(times | tokens)
     assert numbers == {
         "engine/timer_summary/episode": 20.0,
         "engine/timer_summary/environment": 9.0,
@@ -212,3 +214,15 @@ def test_speeds_and_the_timers_of_the_original_follow_from_the_phases() -> None:
         "rollout/tokens_per_s": 500.0,
         "engine/timer_summary/tps_throughput": 250.0,
     }
+
+
+def test_staleness_counts_tokens_from_the_weights_that_learn_from_them() -> None:
+    def answer(*runs: VersionRun) -> Completion:
+        num_tokens = sum(run.num_tokens for run in runs)
+        return Completion(np.zeros(num_tokens, np.int32), np.zeros(num_tokens, np.float32), "", "stop", runs)
+
+    completions = (answer(VersionRun(4, 6)), answer(VersionRun(2, 1), VersionRun(3, 1)))
+    group = Graded(Rollout(group_of([], []).rollout.prompt, completions), (Score(0.0), Score(0.0)))
+    numbers = describe_versions([group], trained=4)
+    assert numbers == {"rollout/staleness_mean": pytest.approx((2 + 1) / 8), "rollout/staleness_max": 2.0}
+    assert describe_versions([], trained=4) == {}

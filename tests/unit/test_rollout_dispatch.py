@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatlearn.errors import RunError
-from chatlearn.records import Completion, Prompt, VersionRun
-from chatlearn.rollout.dispatch import assemble, engine_seed, plan_dispatch, request_id
+from chatlearn.records import Completion, Prompt, Rollout, VersionRun
+from chatlearn.rollout.assembly import Assembly, request_ids
+from chatlearn.rollout.dispatch import engine_seed, plan_dispatch
 from chatlearn.rollout.engine import Finished
+
+laws = settings(max_examples=50, deadline=None, derandomize=True)
 
 
 def make_prompts(count: int) -> list[Prompt]:
@@ -28,27 +31,34 @@ def make_finished(name: str) -> Finished:
     return Finished(name, completion)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@laws
 @given(num_prompts=st.integers(0, 12), answers=st.integers(1, 5), replicas=st.integers(1, 5), seed=st.integers(0, 99))
 def test_every_request_is_accounted_for_exactly_once(num_prompts: int, answers: int, replicas: int, seed: int) -> None:
-    prompts = make_prompts(num_prompts)
-    plan = plan_dispatch(prompts, answers, replicas)
+    prompts, assembly = make_prompts(num_prompts), Assembly()
+    expected = [assembly.expect(prompt, answers) for prompt in prompts]
+    plan = plan_dispatch([requests for _, requests in expected], replicas)
     names = [request.request_id for share in plan for request in share]
     assert len(set(names)) == len(names) == num_prompts * answers
 
     random.Random(seed).shuffle(names)
-    rollouts = assemble(prompts, answers, map(make_finished, names))
-    assert [rollout.prompt for rollout in rollouts] == prompts
-    for position, rollout in enumerate(rollouts):
-        assert [c.text for c in rollout.completions] == [request_id(position, answer) for answer in range(answers)]
+    whole: dict[int, Rollout] = {}
+    for name in names:
+        found = assembly.enter(make_finished(name))
+        assert found is None or found[0] not in whole
+        whole |= {} if found is None else dict([found])
+    assert assembly.prompts() == {}
+    assert [whole[number].prompt for number, _ in expected] == prompts
+    for number, rollout in whole.items():
+        assert [completion.text for completion in rollout.completions] == request_ids(number, answers)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@laws
 @given(num_prompts=st.integers(0, 12), answers=st.integers(1, 5), replicas=st.integers(1, 5))
 def test_replicas_are_balanced_and_answers_of_a_prompt_lie_together(
     num_prompts: int, answers: int, replicas: int
 ) -> None:
-    plan = plan_dispatch(make_prompts(num_prompts), answers, replicas)
+    assembly = Assembly()
+    plan = plan_dispatch([assembly.expect(prompt, answers)[1] for prompt in make_prompts(num_prompts)], replicas)
     sizes = [len(share) for share in plan]
     assert len(plan) == replicas
     assert max(sizes) - min(sizes) <= answers
@@ -59,15 +69,33 @@ def test_replicas_are_balanced_and_answers_of_a_prompt_lie_together(
             assert all(np.array_equal(request.prompt_token_ids, group[0].prompt_token_ids) for request in group)
 
 
-def test_lost_doubled_and_invented_answers_are_errors() -> None:
-    prompts = make_prompts(2)
-    names = [request_id(position, answer) for position in range(2) for answer in range(2)]
-    with pytest.raises(RunError, match=r"left out 1 requests \['1.1'\]"):
-        assemble(prompts, 2, map(make_finished, names[:-1]))
-    with pytest.raises(RunError, match=r"0\.0 twice"):
-        assemble(prompts, 2, map(make_finished, [*names, "0.0"]))
-    with pytest.raises(RunError, match=r"made up \['9.9'\]"):
-        assemble(prompts, 2, map(make_finished, [*names, "9.9"]))
+def test_doubled_and_invented_answers_are_errors_and_missing_ones_are_known() -> None:
+    assembly = Assembly()
+    for prompt in make_prompts(2):
+        assembly.expect(prompt, 2)
+    assert assembly.enter(make_finished("0.0")) is None
+    for name in ("0.0", "0.2", "9.9"):
+        with pytest.raises(RunError, match=f"answered request {name}, which was answered before or never asked"):
+            assembly.enter(make_finished(name))
+    assert list(assembly.prompts()) == [0, 1]
+    assert assembly.enter(make_finished("0.1")) is not None
+    with pytest.raises(RunError, match="answered before"):
+        assembly.enter(make_finished("0.1"))
+
+
+def test_the_answers_of_a_group_that_was_given_up_are_dropped_once() -> None:
+    assembly = Assembly()
+    prompts = make_prompts(3)
+    for prompt in prompts:
+        assembly.expect(prompt, 2)
+    assembly.enter(make_finished("1.0"))
+    given_up, names = assembly.give_up([1, 2])
+    assert given_up == {1: prompts[1], 2: prompts[2]}
+    assert names == ["1.1", "2.0", "2.1"], "what is answered already need not be stopped"
+    assert assembly.enter(make_finished("1.1")) is None
+    with pytest.raises(RunError, match="answered before"):
+        assembly.enter(make_finished("1.1"))
+    assert list(assembly.prompts()) == [0]
 
 
 def test_seeds_depend_on_run_episode_replica_and_purpose_and_on_nothing_else() -> None:

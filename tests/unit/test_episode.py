@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from chatlearn.algorithm.advantage import ADVANTAGES
-from chatlearn.grpo import compare, to_sample
+from chatlearn.episode import compare, to_sample
 from chatlearn.records import Completion, Graded, Prompt, Rollout, Score, VersionRun
 
 PROMPT = Prompt("0_0", np.array([5, 6, 7], np.int32), "?", "source", "1")

@@ -1,0 +1,133 @@
+"""From prompts to graded answers: engines answer, and every group that is whole goes to a grader at once.
+
+Whoever waits for something else, such as the trainer, calls ``advance`` now and then, and the work goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import ray
+
+from chatlearn.cluster.fanout import POLL_S
+from chatlearn.cluster.policy_group import PolicyGroup
+from chatlearn.cluster.reward_group import RewardGroup
+from chatlearn.records import Completion, Graded, Prompt
+from chatlearn.rollout.assembly import Assembly
+from chatlearn.rollout.dispatch import plan_dispatch
+from chatlearn.rollout.engine import SamplingPlan
+
+Progress = Callable[[int, int], None]  # done, of how many
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a prompt is answered: so many times, sampled like this."""
+
+    num_completions: int
+    plan: SamplingPlan
+
+
+class Pipeline:
+    """Groups are known by their numbers, which count up in the order in which they were asked.
+
+    ``heartbeat`` is called while waiting for answers, and may raise to stop the wait.
+    """
+
+    def __init__(self, policy: PolicyGroup, graders: RewardGroup, heartbeat: Callable[[], None]) -> None:
+        self._policy = policy
+        self._graders = graders
+        self._heartbeat = heartbeat
+        self._assembly = Assembly()
+        self._being_graded: dict[int, Prompt] = {}
+        self._graded: dict[int, Graded] = {}
+
+    def ask_planned(self, prompts: Sequence[Prompt], asking: Asking, seeds: Sequence[int]) -> list[int]:
+        """Ask a batch, one seed for each replica: the same batch and seeds sample the same answers."""
+        expected = [self._assembly.expect(prompt, asking.num_completions) for prompt in prompts]
+        shares = plan_dispatch([requests for _, requests in expected], len(seeds))
+        self._policy.submit_planned(shares, asking.plan, seeds)
+        return [number for number, _ in expected]
+
+    def ask(self, prompt: Prompt, asking: Asking) -> int:
+        """Ask one prompt, of the engine that has the least to do."""
+        number, requests = self._assembly.expect(prompt, asking.num_completions)
+        self._policy.submit(requests, asking.plan)
+        return number
+
+    def ask_on(self, prompt: Prompt, begun: Sequence[Completion], plan: SamplingPlan) -> int:
+        """Have answers that are begun already go on; they come out whole, each with what there was of it."""
+        number, requests = self._assembly.expect(prompt, len(begun))
+        pairs = zip(requests, begun, strict=True)
+        self._policy.submit([replace(request, begun=answer) for request, answer in pairs], plan)
+        return number
+
+    def advance(self) -> None:
+        """Move on whatever can be moved; never waits."""
+        for finished in self._policy.advance():
+            whole = self._assembly.enter(finished)
+            if whole is not None:
+                number, rollout = whole
+                self._being_graded[number] = rollout.prompt
+                self._graders.submit(number, rollout)
+        for number, graded in self._graders.advance():
+            if self._being_graded.pop(number, None) is not None:
+                self._graded[number] = graded
+
+    def wait(self) -> None:
+        """Until something happened, for a moment at most."""
+        waited = [*self._policy.references(), *self._graders.references()]
+        if waited:
+            ray.wait(waited, num_returns=1, timeout=POLL_S)
+        else:
+            time.sleep(POLL_S)  # Something will happen that is no call, such as weights that become ready.
+        self._heartbeat()
+        self.advance()
+
+    def await_answers(self, numbers: Sequence[int], show: Progress) -> None:
+        """Until the engines have answered all of these groups."""
+        while (left := len(self._assembly.prompts().keys() & set(numbers))) > 0:
+            show(len(numbers) - left, len(numbers))
+            self.wait()
+        show(len(numbers), len(numbers))
+
+    def await_first(self, numbers: Sequence[int], count: int, show: Progress) -> list[int]:
+        """Until ``count`` of these groups are answered; returns them."""
+        while len(answered := sorted(set(numbers) - self._assembly.prompts().keys())) < count:
+            show(len(answered), count)
+            self.wait()
+        return answered[:count]
+
+    def await_silence(self) -> None:
+        """Until the engines have nothing in flight."""
+        while self._policy.num_in_flight > 0:
+            self.wait()
+
+    def take(self, numbers: Sequence[int]) -> list[Graded]:
+        """These groups, judged, in this order; waits for those that are not yet. They are forgotten here."""
+        while any(number not in self._graded for number in numbers):
+            self.wait()
+        return [self._graded.pop(number) for number in numbers]
+
+    def judged(self) -> list[int]:
+        """The numbers of the groups that ``take`` gives without waiting, the oldest first."""
+        return sorted(self._graded)
+
+    def give_up(self, numbers: Sequence[int]) -> list[Prompt]:
+        """Stop answering and judging these groups; returns their prompts, in the order in which they were asked."""
+        prompts, names = self._assembly.give_up(numbers)
+        self._policy.abort(names)
+        for number in numbers:
+            if number in self._being_graded:
+                prompts[number] = self._being_graded.pop(number)
+            elif number in self._graded:
+                prompts[number] = self._graded.pop(number).rollout.prompt
+        return [prompts[number] for number in sorted(prompts)]
+
+    def unfinished(self) -> list[Prompt]:
+        """The prompts of all groups that were asked and not taken, in the order in which they were asked."""
+        graded = {number: group.rollout.prompt for number, group in self._graded.items()}
+        waiting = self._assembly.prompts() | self._being_graded | graded
+        return [waiting[number] for number in sorted(waiting)]
