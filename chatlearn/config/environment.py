@@ -11,6 +11,7 @@ from chatlearn.errors import ConfigError
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # A process that is replaced leaves answers that nobody wants to hear.
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",

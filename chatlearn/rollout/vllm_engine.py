@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from chatlearn.errors import MissingExtraError, RunError, WeightTransferError
+from chatlearn.errors import EngineFaultError, MissingExtraError, RunError, WeightTransferError
 from chatlearn.records import Completion, ExpertStream, FinishReason, IntStream, VersionRun
 from chatlearn.rollout.continuation import continued
 from chatlearn.rollout.engine import (
@@ -110,6 +110,8 @@ class VllmEngine:
             self._abandon_update()
             raise
         except RuntimeError as error:
+            if self._has_lost_a_worker():
+                raise EngineFaultError(f"engine {self._spec.replica} lost one of its processes: {error}") from error
             # A worker in a process of its own reports whatever happened there as a RuntimeError with the text.
             self._abandon_update()
             raise WeightTransferError(f"engine {self._spec.replica}: {error}") from error
@@ -157,6 +159,13 @@ class VllmEngine:
     def _abandon_update(self) -> None:
         self._ledger.lose()
         self._rpc("chatlearn_abandon_update")
+
+    def _has_lost_a_worker(self) -> bool:
+        """Whether a process of a tensor-parallel rank died; vLLM itself then only says that it was cancelled."""
+        if self._spec.tensor_parallel_size == 1:
+            return False
+        executor = cast("Any", self._engine.engine_core).engine_core.model_executor
+        return executor.is_failed
 
     def _rpc(self, method: str, *arguments: object) -> None:
         self._engine.collective_rpc(method, args=arguments)

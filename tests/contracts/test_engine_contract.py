@@ -18,7 +18,7 @@ from routed_answers import check_routes
 from torch import Tensor
 
 from chatlearn.errors import ConfigError, RunError, WeightTransferError
-from chatlearn.records import Completion
+from chatlearn.records import Completion, VersionRun
 from chatlearn.rollout.engine import EngineSpec, Request, RolloutEngine, SamplingPlan, build_engine
 from chatlearn.rollout.environment import engine_environment
 from chatlearn.rollout.prove import OneEngine, prove_weight_transfer
@@ -193,6 +193,48 @@ def test_the_same_seed_and_requests_repeat_exactly(engine: RolloutEngine) -> Non
         assert np.array_equal(completion.token_ids, again[name].token_ids)
         assert np.array_equal(completion.logprobs, again[name].logprobs)
     assert any(not np.array_equal(first[name].token_ids, other[name].token_ids) for name in first)
+
+
+def test_how_the_work_is_cut_into_calls_changes_no_answer(engine: RolloutEngine) -> None:
+    """An engine whose driver asks for little at a time is seen to hang; its answers must be the same."""
+    requests, plan = questions(6), SamplingPlan(max_tokens=24, seed=6)
+    whole = answers(engine, requests, plan)
+    engine.submit(requests, plan)
+    assert list(engine.completions(patience_s=0.0)) == [], "no time, no work"
+    pieces, num_calls = [], 0
+    while len(pieces) < len(requests):
+        pieces += engine.completions(patience_s=1e-4)
+        num_calls += 1
+    assert num_calls > 3
+    assert list(engine.completions()) == []
+    for item in pieces:
+        assert np.array_equal(item.completion.token_ids, whole[item.request_id].token_ids)
+        assert np.array_equal(item.completion.logprobs, whole[item.request_id].logprobs)
+
+
+def test_an_answer_that_was_begun_goes_on_and_comes_out_whole(engine: RolloutEngine) -> None:
+    carry(engine, FIRST, version=6)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    requests = questions(4)
+    begun = answers(engine, requests, SamplingPlan(max_tokens=7, seed=8))
+    unfinished = [request for request in requests if begun[request.request_id].finish_reason == "length"]
+    assert unfinished, "all answers are shorter than the budget: nothing to go on with"
+    carry(engine, Perturbed(), version=7)
+    going_on = [replace(request, begun=begun[request.request_id]) for request in unfinished]
+    whole = answers(engine, going_on, SamplingPlan(max_tokens=9))
+    carry(engine, FIRST, version=8)
+    for request in unfinished:
+        first, completion = begun[request.request_id], whole[request.request_id]
+        assert np.array_equal(completion.token_ids[:7], first.token_ids)
+        assert np.array_equal(completion.logprobs[:7], first.logprobs)
+        assert 8 <= len(completion.token_ids) <= 16
+        assert [(run.version, run.num_tokens) for run in completion.versions] == [
+            (6, 7),
+            (7, len(completion.token_ids) - 7),
+        ]
+        assert completion.text == tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        expected = plain_logprobs(Perturbed(), request, completion)[7:]
+        assert_close(completion.logprobs[7:], expected.numpy())
 
 
 def test_new_weights_are_the_ones_that_are_sampled_and_versions_say_so(engine: RolloutEngine) -> None:

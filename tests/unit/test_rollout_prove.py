@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -45,8 +46,8 @@ class EngineWithStaleTensor:
     def submit(self, requests: Sequence[Request], plan: SamplingPlan) -> None:
         self._engine.submit(requests, plan)
 
-    def completions(self) -> Iterator[Finished]:
-        return self._engine.completions()
+    def completions(self, patience_s: float = math.inf) -> Iterator[Finished]:
+        return self._engine.completions(patience_s)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         self._engine.abort(request_ids)
