@@ -76,11 +76,10 @@ class VllmEngine:
         require_room(requests, self._spec)
         if plan.seed is not None and not self._in_flight:
             self._rpc("chatlearn_reseed", plan.seed)
-        params = sampling_params(plan)
         for request in requests:
             assert request.request_id not in self._in_flight, f"{request.request_id} is already in flight"
             prompt = tokens_input(request.known_token_ids().tolist())
-            internal_id = self._engine.add_request(request.request_id, prompt, params)
+            internal_id = self._engine.add_request(request.request_id, prompt, self._parameters(request, plan))
             self._in_flight[request.request_id] = InFlight(request, internal_id)
 
     def completions(self, patience_s: float = math.inf) -> Iterator[Finished]:
@@ -169,6 +168,11 @@ class VllmEngine:
 
     def _rpc(self, method: str, *arguments: object) -> None:
         self._engine.collective_rpc(method, args=arguments)
+
+    def _parameters(self, request: Request, plan: SamplingPlan) -> SamplingParams:
+        """What a request is sampled with; an engine that gives each of them a length of its own may add to this."""
+        del request  # The plan decides.
+        return sampling_params(plan)
 
     def _take(self, output: RequestOutput) -> Finished:
         taken = self._in_flight.pop(output.request_id)

@@ -18,7 +18,7 @@ from routed_answers import check_routes
 from torch import Tensor
 
 from chatlearn.errors import ConfigError, RunError, WeightTransferError
-from chatlearn.records import Completion, VersionRun
+from chatlearn.records import Completion
 from chatlearn.rollout.engine import EngineSpec, Request, RolloutEngine, SamplingPlan, build_engine
 from chatlearn.rollout.environment import engine_environment
 from chatlearn.rollout.prove import OneEngine, prove_weight_transfer
