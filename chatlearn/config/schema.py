@@ -23,6 +23,7 @@ from chatlearn.config.value_types import (
     TopK,
     as_groups,
     as_switch,
+    as_tuple,
 )
 
 
@@ -196,7 +197,7 @@ class PartialRolloutArgs(Section):
 
     max_rollout_round: Annotated[int, Field(ge=1)] = 2
     """Rounds, one in each episode, after which an answer is finished whatever it is."""
-    rollout_ratio: tuple[PositiveNumber, ...] = (0.5, 0.5)
+    rollout_ratio: Annotated[tuple[PositiveNumber, ...], BeforeValidator(as_tuple)] = (0.5, 0.5)
     """The share of `max_response_tokens_length` that an answer may use in each round; they add up to 1."""
     mini_response_per_prompt: Annotated[int, Field(ge=1)] = 16
     """A prompt's answers are learned from once more of them than this are finished, and later ones as they come."""
