@@ -12,6 +12,7 @@ from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.cluster import Cluster, ClusterSpec
 from chatlearn.cluster.crew import open_crew
 from chatlearn.cluster.groups import PolicyGroup, ReferenceGroup, RewardGroup, TrainerGroup
+from chatlearn.cluster.lookout import Post, looking_out
 from chatlearn.cluster.placement import Demand
 from chatlearn.config.environment import Environment
 from chatlearn.config.layout import Layout
@@ -30,6 +31,7 @@ from chatlearn.rollout.dispatch import SamplingPurpose, engine_seed
 from chatlearn.rollout.engine import SamplingPlan
 
 GOLD_LEDGER = "gold_checks.json"
+STUCK_REPORT = "stuck_report.txt"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def gather(
         demand=Demand(layout.num_devices, layout.device_kind == "cuda", config.models.reward.num_cpu),
         output_dir=layout.folders.output,
     )
-    with Cluster.open(spec, heartbeat) as cluster:
+    with Cluster.open(spec, heartbeat) as cluster, looking_out(_post(cluster, config, journal)):
         journal.say("starting engines and trainer")
         crew = open_crew(cluster, specs.blueprint(config, layout, one_host=address is None))
         check = gold_check(
@@ -120,3 +122,9 @@ def gather(
             config_text=resolved_text(config),
             lora=lora_spec(config),
         )
+
+
+def _post(cluster: Cluster, config: GrpoConfig, journal: Journal) -> Post:
+    """What the lookout is told."""
+    report_path = cluster.spec.output_dir / STUCK_REPORT
+    return Post(config.runtime_args.progress_timeout_s, cluster.members, report_path, journal.say)

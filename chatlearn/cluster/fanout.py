@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from chatlearn.cluster.waiting import WAITING
 from chatlearn.errors import ChatLearnError, WorkerError
 
 POLL_S = 0.2  # How long a Ctrl-C may go unnoticed while actors work.
@@ -61,16 +62,17 @@ class Group:
         pairs = zip(self.members, arguments, strict=True)
         # Keys are Ray's generators, which ``ray.wait`` takes and returns, though its types speak of references.
         waiting: dict[Any, Member] = {call(member, method, *values): member for member, values in pairs}
-        while waiting:
-            ready: list[Any] = ray.wait(list(waiting), num_returns=1, timeout=POLL_S)[0]
-            self.heartbeat()
-            for generator in ready:
-                try:
-                    reference = next(generator)
-                except StopIteration:
-                    del waiting[generator]
-                else:
-                    yield collect([(reference, waiting[generator])], self.heartbeat)[0]
+        with WAITING.on(waiting):
+            while waiting:
+                ready: list[Any] = ray.wait(list(waiting), num_returns=1, timeout=POLL_S)[0]
+                self.heartbeat()
+                for generator in ready:
+                    try:
+                        reference = next(generator)
+                    except StopIteration:
+                        del waiting[generator]
+                    else:
+                        yield collect([(reference, waiting[generator])], self.heartbeat)[0]
 
 
 def call(member: Member, method: str, *arguments: Any) -> Any:
@@ -81,15 +83,17 @@ def call(member: Member, method: str, *arguments: Any) -> Any:
 def collect(tickets: Sequence[Ticket], heartbeat: Callable[[], None]) -> list[Any]:
     """Wait for every reference; raise ``WorkerError`` for the member that is most likely the cause of a failure."""
     waiting = dict(tickets)
-    while waiting:
-        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=POLL_S)
-        heartbeat()
-        for reference in ready:
-            member = waiting.pop(reference)
-            try:
-                ray.get(reference)
-            except RayError as error:
-                raise _root_cause(error, member, waiting) from None
+    with WAITING.on(waiting):
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=POLL_S)
+            heartbeat()
+            for reference in ready:
+                member = waiting.pop(reference)
+                try:
+                    ray.get(reference)
+                except RayError as error:
+                    raise _root_cause(error, member, waiting) from None
+                WAITING.progress()
     return [ray.get(reference) for reference, _ in tickets]
 
 

@@ -55,6 +55,7 @@ _RUNTIME: Final = (
         "advantage",
         "save_rollouts",
         "numerics_gate",
+        "progress_timeout_s",
     ),
     honoured_except(f"{RUNTIME}.rollout_backend", {"sglang": f"SGLang is {_NOT_YET}"}),
     alias(f"{RUNTIME}.num_inference_per_prompt", of=f"{POLICY}.num_inference_per_prompt"),
@@ -68,7 +69,6 @@ _RUNTIME: Final = (
     refused(f"{RUNTIME}.schedule", ("sync",), f"other schedules are {_NOT_YET}"),
     refused(f"{RUNTIME}.max_staleness", (None, 0), "belongs to schedules that are " + _NOT_YET),
     refused(f"{RUNTIME}.over_sampling_ratio", (None, 1), "belongs to schedules that are " + _NOT_YET),
-    refused(f"{RUNTIME}.progress_timeout_s", (None, 0), f"the progress watchdog is {_NOT_YET}"),
     refused(f"{RUNTIME}.resume_anyway", (False,), f"resuming with another configuration is {_NOT_YET}"),
     refused(f"{RUNTIME}.keep_best", (False, None, 0), f"keeping the best checkpoint is {_NOT_YET}"),
     refused(
