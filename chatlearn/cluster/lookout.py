@@ -43,6 +43,7 @@ def looking_out(post: Post) -> Generator[None]:
     if post.timeout_s == 0:
         yield
         return
+    WAITING.progress()  # That there is somebody to look at is some.
     end = threading.Event()
     lookout = Lookout(post, end)
     thread = threading.Thread(target=lookout.keep, name="lookout", daemon=True)

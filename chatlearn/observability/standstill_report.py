@@ -15,9 +15,10 @@ from chatlearn.observability.standstill import (
     is_in_collective,
     who_waits,
 )
-from chatlearn.observability.whereabouts import Frame, Stack
+from chatlearn.observability.whereabouts import Frame, Stack, Whereabouts
 
 KEY = "runtime_args.progress_timeout_s"
+MOVES_S = 5.0  # A stack that was another one so shortly ago belongs to a process that is slow rather than stuck.
 
 # What the system's word for a process means for the one who looks after the run.
 STATES = {
@@ -35,7 +36,7 @@ def short_report(presences: Sequence[Presence], quiet_s: float, full_report: str
     lines = [f"nothing was finished for {quiet_s:.0f} s ({KEY}). The run goes on. Who waits for whom:"]
     for one in presences:
         lines.append(f"  {describe(one, edges)}")
-        if one.words is not None and (one.words.call is not None or one.name == DRIVER):
+        if one.words is not None and not _is_idle(one):
             at = "at" if one.runs else "was last at"
             lines.append(f"      {at} {_innermost(one.words.stack)}")
     lines += conclusions(presences, edges)
@@ -77,9 +78,9 @@ def conclusions(presences: Sequence[Presence], edges: Edges) -> list[str]:
     """Who is waited for by all, and what can be done about it."""
     seen = {one.name: one for one in presences}
     lines: list[str] = []
-    for bottleneck in bottlenecks(edges):
-        lines.append(_conclusion(bottleneck, edges))
-        lines += [f"  {name_of(name)} {_condition(seen.get(name))}" for name in sorted(bottleneck.those)]
+    for names, waiters in _together(bottlenecks(edges)).items():
+        lines.append(_conclusion(names, waiters, edges))
+        lines += [f"  {name_of(name)} {_condition(seen.get(name))}" for name in sorted(names)]
     if not lines:
         lines = ["nobody waits for anybody: the driver is at work itself"]
     ends = "replaced, or the run ends with an error and can be resumed"
@@ -92,14 +93,22 @@ def name_of(name: Name) -> str:
     return role if name == DRIVER else f"{role} rank {rank}"
 
 
-def _conclusion(bottleneck: Bottleneck, edges: Edges) -> str:
+def _together(found: Sequence[Bottleneck]) -> dict[frozenset[Name], frozenset[Name]]:
+    """Who is waited for, and by whom; those that the same processes wait for belong into one sentence."""
+    names: dict[frozenset[Name], frozenset[Name]] = {}
+    for bottleneck in found:
+        names[bottleneck.waiters] = names.get(bottleneck.waiters, frozenset()) | bottleneck.those
+    return {those: waiters for waiters, those in names.items()}
+
+
+def _conclusion(those: frozenset[Name], waiters: frozenset[Name], edges: Edges) -> str:
     waiting = {name for name, awaited in edges.items() if awaited}
-    outside = bottleneck.waiters - bottleneck.those
-    names = _names(bottleneck.those)
-    if len(bottleneck.those) > 1:
+    outside = waiters - those
+    names = _names(those)
+    if those & waiting:
         by = f", and {_names(outside)} for them" if outside else ""
         return f"=> {names} wait for one another{by}: compare their stacks, they disagree about what comes next"
-    if waiting <= bottleneck.waiters:
+    if waiting <= waiters:
         return f"=> waited for by all who wait ({_names(outside)}): {names}"
     return f"=> waited for by {_names(outside)}: {names}"
 
@@ -109,14 +118,23 @@ def _condition(one: Presence | None) -> str:
     if one is None or one.words is None:
         state = f" (its process is {one.state})" if one is not None and one.state is not None else ""
         return f"has not been heard of{state}: it has not started, or its host does not see the run's output_dir"
-    if one.state in STATES and not one.runs:
+    if one.runs:
+        return "is idle: what it was asked for has not reached it" if _is_idle(one) else _place(one.words)
+    if one.state in STATES:
         return STATES[one.state].format(pid=one.pid, host=one.host)
-    if not one.runs:
-        return "does not let Python run: a library holds it, or its host is gone"
-    if one.words.call is None and one.name != DRIVER:
-        return "is idle: what it was asked for has not reached it"
-    collective = "in a collective, " if is_in_collective(one.words.stack) else ""
-    return f"is {collective}at {_innermost(one.words.stack)}"
+    return "does not let Python run: a library holds it, or its host is gone"
+
+
+def _place(words: Whereabouts) -> str:
+    place = _innermost(words.stack)
+    if words.same_stack_s < MOVES_S:
+        return f"is at work, just now at {place}"
+    collective = " in a collective" if is_in_collective(words.stack) else ""
+    return f"has been{collective} for {words.same_stack_s:.0f} s at {place}"
+
+
+def _is_idle(one: Presence) -> bool:
+    return one.words is not None and one.words.call is None and one.name != DRIVER
 
 
 def _activity(one: Presence) -> str:
@@ -125,7 +143,7 @@ def _activity(one: Presence) -> str:
         return "not heard of"
     if one.name == DRIVER:
         return "the loop"
-    if words.call is None:
+    if _is_idle(one):
         return "idle"
     collective = ", in a collective" if is_in_collective(words.stack) else ""
     since = f", at the same place for {words.same_stack_s:.0f} s" if one.runs else ""

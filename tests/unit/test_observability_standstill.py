@@ -57,7 +57,8 @@ def ends(*presences: Presence) -> list[tuple[set[tuple[str, int]], int]]:
     return [(set(found.those), len(found.waiters)) for found in bottlenecks(who_waits(presences))]
 
 
-T0, T1, E0, E1 = ("policy_trainer", 0), ("policy_trainer", 1), ("policy", 0), ("policy", 1)
+T0, T1, T2 = ("policy_trainer", 0), ("policy_trainer", 1), ("policy_trainer", 2)
+E0, E1 = ("policy", 0), ("policy", 1)
 
 
 def test_a_stopped_rank_is_what_its_peers_and_the_driver_wait_for() -> None:
@@ -72,6 +73,13 @@ def test_a_peer_that_does_not_run_is_waited_for_where_no_collective_is_seen() ->
 
 def test_a_rank_that_works_while_another_is_in_a_collective_is_waited_for() -> None:
     assert ends(driver(T0, T1), running(*T0, COLLECTIVE), running(*T1, BACKWARD)) == [({T1}, 2)]
+
+
+def test_ranks_in_a_collective_wait_for_those_who_are_missing_and_not_for_each_other() -> None:
+    here = (driver(T0, T1, T2), running(*T0, COLLECTIVE), running(*T2, COLLECTIVE))
+    for missing in (running(*T1, BACKWARD), silent(running(*T1, COLLECTIVE), "stopped")):
+        edges = who_waits([*here, missing])
+        assert (edges[T0], edges[T2], edges[T1]) == ({T1}, {T1}, set())
 
 
 def test_all_ranks_in_collectives_wait_for_one_another() -> None:
@@ -127,6 +135,16 @@ def test_files_of_a_checkpoint_are_no_collective_but_what_meets_others_there_is(
     assert is_in_collective((*STEP, inside, COLLECTIVE[-1]))
     further_in = tuple(Frame(f"{TORCH}/nn/modules/linear.py", line, "forward") for line in range(20))
     assert not is_in_collective((*COLLECTIVE, *further_in))
+
+
+def test_those_who_keep_the_same_processes_waiting_share_a_sentence() -> None:
+    slow = running(*E1, BACKWARD)
+    assert slow.words is not None
+    slow = replace(slow, words=replace(slow.words, same_stack_s=1.0))
+    report = short_report((driver(E0, E1), running(*E0, BACKWARD), slow), 9.0, "file")
+    assert "=> waited for by all who wait (driver): policy rank 0, policy rank 1\n" in report
+    assert "  policy rank 0 has been for 16 s at autograd/graph.py:841" in report
+    assert "  policy rank 1 is at work, just now at autograd/graph.py:841" in report
 
 
 def test_the_reports_name_everybody_and_what_can_be_done() -> None:
