@@ -47,7 +47,12 @@ class Asynchronous:
         team = self.team
         for prompt in team.prompts.take(self._bound.num_allowed(version)):
             self._bound.begin(team.pipeline.ask(prompt, team.asking), version)
-        while (chosen := self._bound.choose(version, team.pipeline.judged())) is None:
+        chosen: list[int] = []
+
+        def is_complete() -> bool:
             page.progress(len(team.pipeline.judged()), team.layout.prompts_per_episode)
-            team.pipeline.wait()
+            chosen[:] = self._bound.choose(version, team.pipeline.judged()) or ()
+            return bool(chosen)
+
+        team.pipeline.wait_until(is_complete)
         return chosen

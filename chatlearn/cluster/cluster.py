@@ -88,6 +88,10 @@ class Cluster:
         finally:
             ray.shutdown()
 
+    def members(self) -> tuple[Member, ...]:
+        """Every actor that has arrived."""
+        return tuple(self._members)
+
     def spawn(self, troupes: Sequence[Troupe]) -> list[Group]:
         """Start one actor for every place of every troupe, all at once, and wait until they have arrived."""
         self._troupes |= {troupe.role: troupe for troupe in troupes}

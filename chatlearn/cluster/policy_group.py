@@ -125,6 +125,10 @@ class PolicyGroup:
         self._keep_busy()
         return finished
 
+    def debtors(self) -> list[Member]:
+        """Who has been asked something and has not answered."""
+        return [post.member for post in self._posts if post.calls or post.awaited]
+
     def references(self) -> list[Any]:
         """What to wait for until ``advance`` has something to do."""
         return [reference for post in self._posts for reference in post.references()]

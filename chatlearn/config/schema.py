@@ -113,6 +113,8 @@ class RuntimeArgs(Section):
     """Answers per evaluation prompt: the k of `avg@k` and `pass@k`."""
     numerics_gate: Annotated[Literal["stop", "warn", "off"], BeforeValidator(as_switch)] = "stop"
     """What a run does, once it named the cause, when engine and trainer disagree at its start or after a resume."""
+    progress_timeout_s: NonNegative = 1800.0
+    """Seconds in which nothing was finished, after which a report says who waits for whom; 0 never says it."""
     save_rollouts: bool = True
     """Write every answer with its reward to `rollouts/`."""
     log_args_dict: LogArgs = LogArgs()
