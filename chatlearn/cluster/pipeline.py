@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import ray
 
@@ -20,6 +21,7 @@ from chatlearn.rollout.assembly import Assembly
 from chatlearn.rollout.dispatch import plan_dispatch
 from chatlearn.rollout.engine import SamplingPlan
 
+Found = TypeVar("Found")
 Progress = Callable[[int, int], None]  # done, of how many
 
 
@@ -82,11 +84,12 @@ class Pipeline:
         self._owed.clear()
         self._owed.update(enumerate([*self._policy.debtors(), *self._graders.debtors()]))
 
-    def wait_until(self, is_reached: Callable[[], bool]) -> None:
-        """Let engines and graders work until then."""
+    def wait_for(self, look: Callable[[], Found | None]) -> Found:
+        """Let engines and graders work until ``look`` finds something."""
         with WAITING.on(self._owed):
-            while not is_reached():
+            while (found := look()) is None:
                 self._wait_a_moment()
+        return found
 
     def await_answers(self, numbers: Sequence[int], show: Progress) -> None:
         """Until the engines have answered all of these groups."""
@@ -95,21 +98,20 @@ class Pipeline:
     def await_first(self, numbers: Sequence[int], count: int, show: Progress) -> list[int]:
         """Until ``count`` of these groups are answered; returns them."""
 
-        def is_reached() -> bool:
-            num_answered = len(self._answered(numbers))
-            show(min(num_answered, count), count)
-            return num_answered >= count
+        def look() -> list[int] | None:
+            answered = sorted(set(numbers) - self._assembly.prompts().keys())[:count]
+            show(len(answered), count)
+            return answered if len(answered) == count else None
 
-        self.wait_until(is_reached)
-        return self._answered(numbers)[:count]
+        return self.wait_for(look)
 
     def await_silence(self) -> None:
         """Until the engines have nothing in flight."""
-        self.wait_until(lambda: self._policy.num_in_flight == 0)
+        self.wait_for(lambda: self._policy.num_in_flight == 0 or None)
 
     def take(self, numbers: Sequence[int]) -> list[Graded]:
         """These groups, judged, in this order; waits for those that are not yet. They are forgotten here."""
-        self.wait_until(lambda: all(number in self._graded for number in numbers))
+        self.wait_for(lambda: self._graded.keys() >= set(numbers) or None)
         return [self._graded.pop(number) for number in numbers]
 
     def judged(self) -> list[int]:
@@ -132,9 +134,6 @@ class Pipeline:
         graded = {number: group.rollout.prompt for number, group in self._graded.items()}
         waiting = self._assembly.prompts() | self._being_graded | graded
         return [waiting[number] for number in sorted(waiting)]
-
-    def _answered(self, numbers: Sequence[int]) -> list[int]:
-        return sorted(set(numbers) - self._assembly.prompts().keys())
 
     def _wait_a_moment(self) -> None:
         waited = [*self._policy.references(), *self._graders.references()]

@@ -1,4 +1,4 @@
-"""Processes on a real Ray: who fails is named, streams come as they are made, and waiting can be interrupted."""
+"""Processes on a real Ray: who fails is named, and waiting can be interrupted."""
 
 from __future__ import annotations
 
@@ -37,10 +37,6 @@ class Worker:
 
     def rank_times(self, factor: int) -> int:
         return self.seat.rank * factor
-
-    def count(self, number: int) -> Iterator[tuple[int, int]]:
-        for step in range(number):
-            yield self.seat.rank, step
 
     def raise_on(self, rank: int, error: Exception) -> None:
         if self.seat.rank == rank:
@@ -107,10 +103,6 @@ def test_answers_come_in_the_order_of_the_ranks(group: Group) -> None:
     assert group.map("variable", "TOLD") == ["rank 0", "rank 1"]
 
 
-def test_a_stream_yields_everything_from_everybody(group: Group) -> None:
-    assert sorted(group.stream("count", [(2,), (3,)])) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
-
-
 def test_an_exception_is_one_sentence_and_its_traceback_is_in_the_log(group: Group) -> None:
     with pytest.raises(WorkerError, match=r"worker rank 1 on .* failed: ValueError: no such luck") as caught:
         group.map("raise_on", 1, ValueError("no such luck"))
@@ -150,12 +142,10 @@ def test_too_large_a_demand_is_refused_with_the_numbers(cluster: Cluster) -> Non
         Placement.open(Demand(num_slots=4, accelerated=True, num_cpus=0), heartbeat=ray.is_initialized)
 
 
-def test_waiting_can_be_interrupted_where_it_was_said_so(
-    cluster: Cluster, group: Group, interruption: Interruption
-) -> None:
+def test_waiting_can_be_interrupted_where_it_was_said_so(group: Group, interruption: Interruption) -> None:
     interruption.requested = True
     begun = time.monotonic()
     with pytest.raises(Interrupted):
-        cluster.interruptible(group).map("sleep", 60.0)
+        Group(group.members, interruption.check).map("sleep", 60.0)
     assert time.monotonic() - begun < 10
     interruption.requested = False

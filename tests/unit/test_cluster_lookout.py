@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from chatlearn.cluster import lookout
-from chatlearn.cluster.lookout import Lookout, Post
+from chatlearn.cluster.lookout import Lookout, Station
 from chatlearn.cluster.waiting import WAITING
 
 TIMEOUT_S = 60.0
@@ -55,7 +55,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Watch:
         monkeypatch.setattr("chatlearn.cluster.presence.time", clocks)
         monkeypatch.setattr(WAITING, "last_progress", clock.now)
         said: list[tuple[float, str]] = []
-        post = Post(TIMEOUT_S, tuple, tmp_path / "report.txt", lambda text: said.append((clock.passed, text)))
+        post = Station(TIMEOUT_S, tuple, tmp_path / "report.txt", lambda text: said.append((clock.passed, text)))
         Lookout(post, clock).keep()
         return said
 
