@@ -65,7 +65,7 @@ _RUNTIME: Final = (
     refused(f"{RUNTIME}.use_rollout_manager", (False,), f"the rollout manager (agent tasks) is {_NOT_YET}"),
     refused(f"{RUNTIME}.use_partial_rollout", (False,), f"partial rollout is {_NOT_YET}"),
     refused(f"{RUNTIME}.raw_chat", (False,), f"untemplated prompts (agent tasks) are {_NOT_YET}"),
-    refused(f"{RUNTIME}.schedule", ("sync",), f"other schedules are {_NOT_YET}"),
+    honoured_except(f"{RUNTIME}.schedule", dict.fromkeys(("one_step_off", "async"), f"other schedules are {_NOT_YET}")),
     refused(f"{RUNTIME}.max_staleness", (None, 0), "belongs to schedules that are " + _NOT_YET),
     refused(f"{RUNTIME}.over_sampling_ratio", (None, 1), "belongs to schedules that are " + _NOT_YET),
     refused(f"{RUNTIME}.progress_timeout_s", (None, 0), f"the progress watchdog is {_NOT_YET}"),

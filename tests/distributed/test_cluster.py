@@ -82,7 +82,7 @@ def interruption() -> Interruption:
 
 @pytest.fixture(scope="module")
 def cluster(folder: Path, interruption: Interruption) -> Iterator[Cluster]:
-    spec = ClusterSpec(address=None, demand=Demand(num_slots=2, accelerated=False, num_cpus=0), output_dir=folder)
+    spec = ClusterSpec(address=None, demand=Demand(blocks=(2,), accelerated=False, num_cpus=0), output_dir=folder)
     with Cluster.open(spec, interruption.check) as opened:
         yield opened
 
@@ -96,7 +96,7 @@ def spawned(cluster: Cluster) -> Group:
     """Two workers, each in a slot."""
     here = {"PYTHONPATH": str(Path(__file__).parent)}  # By which the actors find this module.
     slots = cluster.placement.slots
-    places = [Place(slot, 0.0, 0, 1, here | {"TOLD": f"rank {rank}"}) for rank, slot in enumerate(slots)]
+    places = [Place(slot, 0, 1, (), here | {"TOLD": f"rank {rank}"}) for rank, slot in enumerate(slots)]
     return cluster.spawn([Troupe("worker", Worker, places)])[0]
 
 
@@ -132,7 +132,7 @@ def test_the_dead_are_named_before_those_who_complain_of_it(cluster: Cluster) ->
 
 def test_an_actor_that_cannot_be_built_says_why(cluster: Cluster) -> None:
     here = {"PYTHONPATH": str(Path(__file__).parent)}
-    place = Place(cluster.placement.slots[0], 0.0, 0, 1, here)
+    place = Place(cluster.placement.slots[0], 0, 1, (), here)
     with pytest.raises(WorkerError, match=r"broken rank 0 .* failed: its start failed: .*no such thing"):
         cluster.spawn([Troupe("broken", Broken, [place])])
 
@@ -147,7 +147,7 @@ def test_too_large_a_demand_is_refused_with_the_numbers(cluster: Cluster) -> Non
     from chatlearn.cluster.placement import Placement
 
     with pytest.raises(ConfigError, match=r"needs 4 GPUs, but the Ray cluster has 0"):
-        Placement.open(Demand(num_slots=4, accelerated=True, num_cpus=0), heartbeat=ray.is_initialized)
+        Placement.open(Demand(blocks=(4,), accelerated=True, num_cpus=0), heartbeat=ray.is_initialized)
 
 
 def test_waiting_can_be_interrupted_where_it_was_said_so(
