@@ -61,7 +61,7 @@ class RuntimeArgs(Section):
     rollout_backend: Text = "vllm"
     """Engine that generates: `vllm`, `transformers` (slow, for tests and understanding) or `package.module:Class`."""
     colocation: Annotated[tuple[tuple[Role, ...], ...], BeforeValidator(as_groups)] = ()
-    """Roles that share GPUs and take turns: one list of roles, or a list of such lists."""
+    """Roles that share GPUs and take turns: one list of roles, or a list of such lists. Others live apart."""
     schedule: Literal["sync", "one_step_off", "async"] = "sync"
     """Whether engines and trainer take turns (`sync`) or work at the same time, on devices or cores of their own."""
     output_dir: Text

@@ -35,6 +35,9 @@ class Worker:
     def variable(self, name: str) -> str | None:
         return os.environ.get(name)
 
+    def cores(self) -> set[int]:
+        return os.sched_getaffinity(0)
+
     def rank_times(self, factor: int) -> int:
         return self.seat.rank * factor
 
@@ -96,7 +99,8 @@ def spawned(cluster: Cluster) -> Group:
     """Two workers, each in a slot."""
     here = {"PYTHONPATH": str(Path(__file__).parent)}  # By which the actors find this module.
     slots = cluster.placement.slots
-    places = [Place(slot, 0, 1, (), here | {"TOLD": f"rank {rank}"}) for rank, slot in enumerate(slots)]
+    cores = [(), (min(os.sched_getaffinity(0)),)]
+    places = [Place(slot, 0, 1, cores[rank], here | {"TOLD": f"rank {rank}"}) for rank, slot in enumerate(slots)]
     return cluster.spawn([Troupe("worker", Worker, places)])[0]
 
 
@@ -105,6 +109,10 @@ def test_answers_come_in_the_order_of_the_ranks(group: Group) -> None:
     assert group.each("rank_times", [(1,), (2,)]) == [0, 2]
     assert group.first("rank_times", 5) == 0
     assert group.map("variable", "TOLD") == ["rank 0", "rank 1"]
+
+
+def test_threads_stay_on_the_cores_of_their_seat_where_it_names_some(group: Group) -> None:
+    assert group.map("cores") == [os.sched_getaffinity(0), {min(os.sched_getaffinity(0))}]
 
 
 def test_a_stream_yields_everything_from_everybody(group: Group) -> None:
