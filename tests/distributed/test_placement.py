@@ -105,6 +105,14 @@ def test_roles_that_take_turns_see_the_same_devices_and_leave_nothing_reserved(a
         assert ray.available_resources().get("GPU", 0) == NUM_NODES * GPUS_PER_NODE - 5
 
 
+def test_engines_are_spread_also_where_one_node_would_hold_everything(address: str, tmp_path: Path) -> None:
+    layout, _ = planned("models.policy_trainer.num_gpu=1", "models.policy.num_gpu=2")
+    assert layout.arrangement.blocks == (1, 1, 1)
+    with joined(address, tmp_path, layout) as cluster:
+        reserved = ray.util.placement_group_table(cluster.placement.group)
+        assert len(set(reserved["bundles_to_node_id"].values())) == 3
+
+
 @pytest.mark.parametrize(
     ("blocks", "complaint"),
     [

@@ -178,6 +178,7 @@ def test_choices_name_divisors_near_the_wrong_number() -> None:
 def test_the_summary_speaks_of_every_group() -> None:
     rows = dict(summary_rows(planned(EIGHT_GPUS, "models.policy_trainer.num_gpu=8")))
     assert rows["policy + policy_trainer"] == "8 GPUs"
+    assert rows["from each node"] == "8"
     assert rows["reference model"] == "none (kl_coef is 0)"
     assert rows["engines"] == "8 with tensor parallel size 1"
 
