@@ -82,7 +82,7 @@ def host_load(config: GrpoConfig, layout: Layout) -> HostLoad:
 
 def _sharded_load(config: GrpoConfig, layout: Layout, role: str, plan: ShardedPlan) -> ShardedLoad:
     on_cpu = layout.device_kind == "cpu"
-    moves = takes_turns(layout)
+    moves = takes_turns(layout, role)
     trains_all = role == "policy_trainer" and not plan.takes_adapter
     count = num_parameters(Path(plan.load))
     weight_bytes = 4 if on_cpu or trains_all else 2

@@ -97,7 +97,7 @@ def gather(
     address = Environment.read().ray_address
     spec = ClusterSpec(
         address=address,
-        demand=Demand(layout.num_devices, layout.device_kind == "cuda", config.models.reward.num_cpu),
+        demand=Demand(layout.arrangement.blocks, layout.device_kind == "cuda", config.models.reward.num_cpu),
         output_dir=layout.folders.output,
     )
     with Cluster.open(spec, heartbeat) as cluster, looking_out(_station(cluster, config, journal)):

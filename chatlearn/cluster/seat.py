@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 class Seat:
     """Where a worker sits: what it is called, its share of the cores, and the file that keeps what it writes.
 
-    ``one_host`` says that the whole run is on this machine, and needs to be reached by no other.
+    ``cores`` are those that its threads stay on, ``()`` any. ``one_host`` says that the whole run is on this machine,
+    and needs to be reached by no other.
     """
 
     role: str
     rank: int
     num_ranks: int
     num_threads: int
+    cores: tuple[int, ...]
     log_file: str
     one_host: bool
 
@@ -49,6 +51,8 @@ def take_seat(seat: Seat) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    if seat.cores:  # Before torch starts its threads, which go where this one is.
+        os.sched_setaffinity(0, seat.cores)
     device.set_num_threads(seat.num_threads)
     tell_whereabouts(whereabouts_path(seat.log_file), Observer(seat.role, seat.rank))
 

@@ -62,7 +62,7 @@ class RuntimeArgs(Section):
     rollout_backend: Text = "vllm"
     """Engine that generates: `vllm`, `transformers` (slow, for tests and understanding) or `package.module:Class`."""
     colocation: Annotated[tuple[tuple[Role, ...], ...], BeforeValidator(as_groups)] = ()
-    """Roles that share GPUs and take turns: one list of roles, or a list of such lists."""
+    """Roles that share GPUs and take turns: one list of roles, or a list of such lists. Others live apart."""
     output_dir: Text
     """Folder of the run; everything it writes is in there."""
     data_path: Text

@@ -73,6 +73,8 @@ class VllmEngine:
         from vllm.inputs.engine import tokens_input
 
         self._ledger.require_complete()
+        # vLLM takes requests in its sleep and never answers them.
+        assert not (self._spec.sleep_enabled and self._engine.is_sleeping()), "its cache is asleep: wake it first"
         require_room(requests, self._spec)
         if plan.seed is not None and not self._in_flight:
             self._rpc("chatlearn_reseed", plan.seed)

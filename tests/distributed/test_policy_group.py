@@ -80,7 +80,7 @@ def beat() -> None:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("policy")
-    spec = ClusterSpec(address=None, demand=Demand(num_slots=2, accelerated=False, num_cpus=0), output_dir=folder)
+    spec = ClusterSpec(address=None, demand=Demand(blocks=(2,), accelerated=False, num_cpus=0), output_dir=folder)
     with Cluster.open(spec, beat) as opened:
         yield opened
 
@@ -90,7 +90,7 @@ class Bench:
 
     def __init__(self, cluster: Cluster, conduct: str = "work") -> None:
         here = {"PYTHONPATH": str(Path(__file__).parent)}  # By which the actors find this module.
-        places = [Place(slot, 0.0, 0, 1, here) for slot in cluster.placement.slots]
+        places = [Place(slot, 0, 1, (), here) for slot in cluster.placement.slots]
         group = cluster.spawn([Troupe("policy", Engine, places)])[0]
         specs = tuple(EngineSpec(conduct, max_model_len=64, replica=replica) for replica in range(2))
         Group(group.members, beat).each("open", [("scripted", spec) for spec in specs])

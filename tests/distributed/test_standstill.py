@@ -63,7 +63,7 @@ def wait_until(happened: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    demand = Demand(num_slots=2, accelerated=False, num_cpus=0)
+    demand = Demand(blocks=(2,), accelerated=False, num_cpus=0)
     with Cluster.open(ClusterSpec(None, demand, tmp_path_factory.mktemp("run")), do_nothing) as opened:
         yield opened
 
@@ -71,7 +71,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def group(cluster: Cluster) -> Group:
     here = {"PYTHONPATH": str(Path(__file__).parent)}  # By which the actors find this module.
-    places = [Place(slot, 0.0, 0, 1, here) for slot in cluster.placement.slots]
+    places = [Place(slot, 0, 1, (), here) for slot in cluster.placement.slots]
     return cluster.spawn([Troupe("worker", Worker, places)])[0]
 
 
