@@ -19,7 +19,7 @@ from chatlearn.cluster.placement import Demand
 from chatlearn.cluster.policy_group import EngineCare, PolicyGroup
 from chatlearn.cluster.posts import MAX_FAILED_RESTARTS, Patience
 from chatlearn.cluster.seat import Arrival, Seat, arrive, take_seat
-from chatlearn.errors import DataError, EngineFaultError, WorkerError
+from chatlearn.errors import DataError, WorkerError
 from chatlearn.records import Completion, VersionRun
 from chatlearn.rollout.assembly import request_ids
 from chatlearn.rollout.engine import EngineSpec, Finished, Request, SamplingPlan
@@ -54,8 +54,6 @@ class Engine:
     def work(self, patience_s: float) -> list[Finished]:
         if self._conduct == "break":
             raise ValueError("no such kernel")
-        if self._conduct == "garbage":
-            raise EngineFaultError("it answered request 0.0 with no token at all")
         if self._conduct == "refuse":
             raise DataError("model.safetensors: there is no such file")
         time.sleep(min(patience_s, ANSWER_S * len(self._asked)))
@@ -88,11 +86,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 class Bench:
     """A policy group over two engines, and what it said."""
 
-    def __init__(self, cluster: Cluster, conduct: str = "work") -> None:
+    def __init__(self, cluster: Cluster, num_engines: int = 2, conduct: str = "work") -> None:
         here = {"PYTHONPATH": str(Path(__file__).parent)}  # By which the actors find this module.
-        places = [Place(slot, 0, 1, (), here) for slot in cluster.placement.slots]
+        places = [Place(slot, 0, 1, (), here) for slot in cluster.placement.slots[:num_engines]]
         group = cluster.spawn([Troupe("policy", Engine, places)])[0]
-        specs = tuple(EngineSpec(conduct, max_model_len=64, replica=replica) for replica in range(2))
+        specs = tuple(EngineSpec(conduct, max_model_len=64, replica=replica) for replica in range(num_engines))
         Group(group.members, beat).each("open", [("scripted", spec) for spec in specs])
         self.said: list[str] = []
         care = EngineCare("scripted", specs, False, False, PATIENCE, self.said.append)
@@ -101,9 +99,12 @@ class Bench:
         self.policy.supplied_by(self.supply)
         self.policy.current_version = 7
 
-    def member(self, rank: int) -> Member:
-        """Who sits at a post now."""
-        return self.policy._posts[rank].member
+    def settle(self) -> list[Member]:
+        """Who sits at the posts, once everybody is there."""
+        while not all(post.is_manned for post in self.policy._posts):
+            self.policy.advance()
+            time.sleep(0.01)
+        return [post.member for post in self.policy._posts]
 
     def supply(self, newcomer: Member, everybody: Sequence[Member], version: int) -> Iterator[Sequence[Ticket]]:
         assert newcomer in everybody
@@ -119,12 +120,12 @@ class Bench:
 
     def run(self, hurt: Sequence[tuple[float, int, signal.Signals]] = ()) -> list[Finished]:
         """Until nothing is in flight; after so many seconds whoever sits at a post gets the signal."""
-        begun, left = time.monotonic(), list(hurt)
+        members, begun, left = self.settle(), time.monotonic(), list(hurt)
         finished: list[Finished] = []
         while self.policy.num_in_flight:
             if left and time.monotonic() - begun > left[0][0]:
                 _, rank, number = left.pop(0)
-                os.kill(self.member(rank).pid, number)
+                os.kill(members[rank].pid, number)
             finished += self.policy.advance()
             time.sleep(0.01)
         return finished
@@ -139,6 +140,7 @@ def bench(cluster: Cluster) -> Bench:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_what_a_lost_engine_had_not_answered_is_asked_again(bench: Bench, seed: int, number: signal.Signals) -> None:
     chance, num_before = random.Random(seed), bench.policy.num_replaced
+    bench.settle()
     bench.said.clear()
     bench.supplied.clear()
     names = bench.ask(24)
@@ -148,33 +150,31 @@ def test_what_a_lost_engine_had_not_answered_is_asked_again(bench: Bench, seed: 
     (line,) = bench.said
     assert "another one is started" in line
     assert ("it has not answered for 2 s" in line) == (number is signal.SIGSTOP), line
-    while not bench.supplied:  # The others were quicker than the new one's start.
-        bench.policy.advance()
-        time.sleep(0.01)
+    bench.settle()  # The other was quicker than the new one's start.
     assert [version for _, version in bench.supplied] == [7]
 
 
 def test_both_engines_may_be_lost_at_once(bench: Bench) -> None:
     bench.supplied.clear()
-    lost = {bench.member(rank).pid for rank in range(2)}
+    lost = {member.pid for member in bench.settle()}
     names = bench.ask(12)
     finished = bench.run([(0.1, 0, signal.SIGKILL), (0.1, 1, signal.SIGKILL)])
     assert Counter(item.request_id for item in finished) == Counter(names)
     assert {int(item.completion.token_ids[0]) for item in finished} - lost
+    bench.settle()
     assert sorted(bench.supplied) == [(0, 7), (1, 7)]
 
 
-@pytest.mark.parametrize(("conduct", "words"), [("break", "no such kernel"), ("garbage", "no token at all")])
-def test_replacements_that_all_fail_end_the_run(cluster: Cluster, conduct: str, words: str) -> None:
-    bench = Bench(cluster, conduct)
+def test_replacements_that_all_fail_end_the_run(cluster: Cluster) -> None:
+    bench = Bench(cluster, num_engines=1, conduct="break")
     bench.ask(1)
-    with pytest.raises(WorkerError, match=rf"{words}.*3 replacements failed within 60 s"):
+    with pytest.raises(WorkerError, match=r"no such kernel.*3 replacements failed within 60 s"):
         bench.run()
-    assert bench.policy.num_replaced >= MAX_FAILED_RESTARTS
+    assert bench.policy.num_replaced == MAX_FAILED_RESTARTS
 
 
 def test_what_another_engine_would_meet_too_ends_the_run_at_once(cluster: Cluster) -> None:
-    bench = Bench(cluster, "refuse")
+    bench = Bench(cluster, num_engines=1, conduct="refuse")
     bench.ask(1)
     with pytest.raises(WorkerError, match="there is no such file"):
         bench.run()
@@ -202,9 +202,10 @@ def test_an_aborted_request_comes_out_or_was_never_begun(bench: Bench) -> None:
 
 
 def test_prompts_go_to_the_engine_with_the_least_to_do_and_stay_together(bench: Bench) -> None:
+    members = bench.settle()
     bench.ask(6)
     where: dict[str, set[int]] = {}
     for item in bench.run():
         where.setdefault(item.request_id.partition(".")[0], set()).add(int(item.completion.token_ids[0]))
     assert all(len(pids) == 1 for pids in where.values())
-    assert Counter(pid for (pid,) in where.values()) == dict.fromkeys([bench.member(rank).pid for rank in range(2)], 3)
+    assert Counter(pid for (pid,) in where.values()) == dict.fromkeys([member.pid for member in members], 3)
