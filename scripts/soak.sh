@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The long fault tests: kills and stops processes of real runs at random, and counts afterwards. Takes about an hour.
+# The long fault tests: kills and stops processes of real runs at random, and counts afterwards. 20 take about a quarter of an hour.
 # Installs as scripts/quickstart.sh does, plus the development tools; writes benchmarks/results/soak.md.
 #
 #   bash scripts/soak.sh [--kills N] [--seed S] [--output FILE]

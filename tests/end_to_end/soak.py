@@ -1,7 +1,7 @@
 """The long fault test: ``bash scripts/soak.sh --kills 20 --seed 1`` kills and stops processes of real runs, at random.
 
-So many times each deed, spread over runs that must all finish with every prompt counted exactly once. The table says
-what was done, when, and what came of it; exit status 1 where anything went wrong.
+So many deeds, each kind equally often, spread over runs that must all finish with every prompt counted exactly once.
+The table says what was done, when, and what came of it; exit status 1 where anything went wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runs import ROOT, Launcher, finish, metrics
-from sabotage import Deed, Harm, harm, miscounted
+from sabotage import DEEDS, Deed, Harm, harm, miscounted
 
 NUM_PROMPTS, NUM_COMPLETIONS = 32, 8
 HARMS_PER_RUN = 5
@@ -66,8 +66,8 @@ class Outcome:
 
 
 def runs_of(campaign: Campaign, kills: int, seed: int) -> Iterator[list[Deed]]:
-    """Every deed ``kills`` times in random order, a few for each run."""
-    deeds = [deed for deed in campaign.deeds for _ in range(kills)]
+    """The campaign's share of the deeds in random order, a few for each run."""
+    deeds = [deed for deed in campaign.deeds for _ in range(max(1, kills // len(DEEDS)))]
     random.Random(f"{campaign.name} {seed}").shuffle(deeds)
     for first in range(0, len(deeds), HARMS_PER_RUN):
         yield deeds[first : first + HARMS_PER_RUN]
@@ -97,6 +97,7 @@ def hurt(launcher: Launcher, output: Path, campaign: Campaign, deeds: Sequence[D
 
 def table(outcomes: Sequence[Outcome], kills: int, seed: int) -> str:
     """What was done and what came of it, for people."""
+    num_deeds = sum(len(outcome.harms) for outcome in outcomes)
     num_wrong = sum(bool(outcome.problems) for outcome in outcomes)
     lines = [
         "# Processes killed and stopped at random",
@@ -104,11 +105,10 @@ def table(outcomes: Sequence[Outcome], kills: int, seed: int) -> str:
         f"`bash scripts/soak.sh --kills {kills} --seed {seed}`",
         "",
         f"- date: {time.strftime('%Y-%m-%d')}",
-        f"- {sum(len(outcome.harms) for outcome in outcomes)} deeds in {len(outcomes)} runs; {num_wrong} runs went wrong",
+        f"- {num_deeds} deeds in {len(outcomes)} runs; {num_wrong} runs went wrong",
         "- a run is right when it finishes and every prompt belongs to one episode, with all its answers",
         "",
-        "| run | deeds, each with the rank and the seconds after the end of an episode | replaced | largest mean gap, nats "
-        "| seconds | outcome |",
+        "| run | deeds: rank (after episode + seconds) | replaced | largest mean gap, nats | seconds | outcome |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for number, outcome in enumerate(outcomes, start=1):
@@ -123,21 +123,21 @@ def table(outcomes: Sequence[Outcome], kills: int, seed: int) -> str:
 def main() -> int:
     """Run every campaign; the table is written after each run, so that a machine that stops leaves what it had."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="how often each deed is done (20)")
+    parser.add_argument("--kills", type=int, default=20, help="how many processes are hurt (20)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "soak.md")
     options = parser.parse_args()
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
-        prepare = ["prepare", "arithmetic", "--local_dir", str(data), "--train_size", "4000"]
+        prepare = ["prepare", "arithmetic", "--local_dir", str(data)]
         subprocess.run([sys.executable, "-m", "chatlearn", *prepare], cwd=ROOT, check=True)
         for campaign in CAMPAIGNS:
             chance = random.Random(options.seed)
             for deeds in runs_of(campaign, options.kills, options.seed):
                 outcomes.append(hurt(Launcher(data), Path(folder) / str(len(outcomes)), campaign, deeds, chance))
                 options.output.write_text(table(outcomes, options.kills, options.seed))
-                print(f"run {len(outcomes)}: {'; '.join(outcomes[-1].problems) or 'all counted once'}", flush=True)
+                sys.stderr.write(f"run {len(outcomes)}: {'; '.join(outcomes[-1].problems) or 'all counted once'}\n")
     return int(any(outcome.problems for outcome in outcomes))
 
 
