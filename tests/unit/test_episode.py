@@ -79,7 +79,7 @@ class Diary:
 
     def send_weights(self, version: int) -> Delivery:
         self.entries.append(f"send {version}")
-        return Delivery(TransferStats(version, 1, 4, 0.1), lost=(77,))
+        return Delivery(TransferStats(version, 1, 4, 0.1), lost=((1, 77),))
 
     @contextmanager
     def held(self) -> Generator[None]:
@@ -87,8 +87,8 @@ class Diary:
         yield
         self.entries.append("let go")
 
-    def lose(self, pids: Sequence[int]) -> None:
-        self.entries.append(f"lose {list(pids)}, weights at hand: {self.current_version}")
+    def lose(self, lost: Sequence[tuple[int, int]]) -> None:
+        self.entries.append(f"lose {list(lost)}, weights at hand: {self.current_version}")
 
 
 def test_engines_take_the_memory_of_their_cache_only_when_the_trainer_has_left() -> None:
@@ -96,6 +96,6 @@ def test_engines_take_the_memory_of_their_cache_only_when_the_trainer_has_left()
     diary = Diary()
     publish(cast("Any", SimpleNamespace(policy=diary, trainer=diary)), version=3)
     assert diary.entries == [
-        "hold", "wake weights", "bring", "send 3", "send home", "lose [77], weights at hand: 3", "wake kv_cache",
+        "hold", "wake weights", "bring", "send 3", "send home", "lose [(1, 77)], weights at hand: 3", "wake kv_cache",
         "let go",
     ]  # fmt: skip
