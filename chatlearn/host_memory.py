@@ -24,7 +24,7 @@ from chatlearn.errors import ConfigError
 from chatlearn.models.pretrained import read_configuration
 from chatlearn.specs import engine_spec, takes_turns
 from chatlearn.trainer.build import ModelSpec
-from chatlearn.weights.shared_memory import DEFAULT_BUCKET_BYTES
+from chatlearn.weights.bucket import DEFAULT_BUCKET_BYTES
 
 # A part that is less of the whole only hides the others.
 SMALLEST_PART_SHOWN = 0.01

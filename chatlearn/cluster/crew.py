@@ -128,7 +128,7 @@ def open_crew(cluster: Cluster, blueprint: Blueprint) -> Crew:
     opening += _open_trainer(trainers, blueprint)
     opening += [ticket for group in references for ticket in _open_reference(group, blueprint)]
     collect(opening, cluster.heartbeat)
-    if blueprint.policy.wire == "shared_memory":  # The other wires are vLLM's own, from end to end.
+    if blueprint.policy.wire == "shared_memory":  # The proof itself sends from the engine's process.
         collect(engines.start("prove", [(spec.model_path,) for spec in blueprint.policy.replicas]), cluster.heartbeat)
 
     learning = blueprint.trainer

@@ -82,7 +82,9 @@ class TrainerWorker:
         """Build this rank's end of the wire; every rank takes part, rank 0 speaks."""
         from chatlearn.weights.sender import build_sender
 
-        self._sender = build_sender(kind, self._model, RayEngineClient(engines), self._seat.rank, meeting)
+        self._sender = build_sender(
+            kind, self._model, RayEngineClient(engines), self._seat.rank, self._model.device, meeting
+        )
 
     def send_weights(self, version: int) -> TransferStats:
         """Stream the current weights into the engines as ``version``."""

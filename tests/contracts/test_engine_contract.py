@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -315,14 +317,26 @@ def test_the_proof_passes(engine: RolloutEngine) -> None:
 
 
 @pytest.mark.parametrize("engine", ["vllm"], indirect=True)
-def test_the_proof_finds_vllms_own_fault_with_tied_heads(
+def test_vllms_own_fault_with_tied_heads_is_named_at_the_first_transfer(
     engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("chatlearn.rollout.vllm_worker.repack_heads", lambda model: None)
+        with pytest.raises(WeightTransferError, match="lm_head: still has the kernel from before the update"):
+            carry(engine, FIRST, version=17)
+    carry(engine, FIRST, version=18)
+
+
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+def test_the_proof_finds_it_where_nobody_knew_what_to_look_for(
+    engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("chatlearn.rollout.vllm_worker.repack_heads", lambda model: None)
+        patch.setattr("chatlearn.rollout.vllm_worker.packed_kernels", lambda model: {})
         with pytest.raises(WeightTransferError, match="equivalent weights changed its logprobs"):
             prove_weight_transfer(engine, MODEL)
-    carry(engine, FIRST, version=17)  # the failed proof left the engine with changed weights
+    carry(engine, FIRST, version=19)  # the failed proof left the engine with changed weights
     prove_weight_transfer(engine, MODEL)
 
 
@@ -347,37 +361,20 @@ def test_routes_of_a_model_without_experts_are_refused() -> None:
         build_engine("transformers", replace(SPEC, return_routed_experts=True))
 
 
-MOE_PROOF = """
-from routed_answers import check_routes
-
-from chatlearn.rollout.engine import EngineSpec, build_engine
-from chatlearn.rollout.prove import prove_weight_transfer
-
-if __name__ == "__main__":
-    spec = EngineSpec(**{spec!r})
-    engine = build_engine("vllm", spec)
-    prove_weight_transfer(engine, spec.model_path, tolerance=2e-5)
-    check_routes(engine, spec)
-    engine.close()
-    print("proved")
-"""
-
-
-def test_experts_on_two_tensor_parallel_ranks_use_what_they_are_sent(tmp_path: Path) -> None:
-    cores = tuple(sorted(os.sched_getaffinity(0)))[:2]
+def test_experts_on_two_tensor_parallel_ranks_use_what_they_are_sent_and_a_fault_is_named() -> None:
     spec = EngineSpec(
         str(EMBEDDED / "tiny_qwen3_moe"),
         max_model_len=64,
         tensor_parallel_size=2,
         kv_cache_bytes=2**26,
-        cpu_cores=cores,
+        cpu_cores=tuple(sorted(os.sched_getaffinity(0)))[:2],
         return_routed_experts=True,
     )
-    script = tmp_path / "prove_experts.py"
-    script.write_text(MOE_PROOF.format(spec=asdict(spec)), encoding="utf-8")
-    environment: Mapping[str, str] = os.environ | engine_environment(spec) | {"PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    program = [sys.executable, str(Path(__file__).with_name("prove_experts.py")), json.dumps(asdict(spec))]
+    environment = os.environ | engine_environment(spec) | {"PYTHONPATH": str(EMBEDDED.parent)}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines()[-1] == "proved"
+    said = [line for line in done.stdout.splitlines() if line.startswith(("proved", "caught", "healed"))]
+    assert len(said) == 3, done.stdout[-2000:]
+    fault = r"caught: model\.layers\.0\.mlp\.experts\S*: still has the kernel from before the update"
+    assert re.match(fault, said[1]), said[1]
