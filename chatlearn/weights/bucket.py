@@ -20,7 +20,7 @@ from chatlearn.errors import WeightTransferError
 from chatlearn.weights.checksum import BLOCK_BYTES, checksums, num_whole_blocks
 from chatlearn.weights.wire import TensorMeta
 
-# A quarter of a gibibyte is copied in 25 ms on one core of a CPU and in a tenth of a millisecond on a GPU; it is small
+# On a GPU a quarter of a gibibyte is copied in a tenth of a millisecond, which is what a message takes; and it is small
 # beside any model that needs more than one bucket.
 DEFAULT_BUCKET_BYTES = 256 * 2**20
 

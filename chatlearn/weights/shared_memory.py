@@ -19,9 +19,13 @@ import torch
 from torch import Tensor
 
 from chatlearn.errors import WeightTransferError
-from chatlearn.weights.bucket import DEFAULT_BUCKET_BYTES, Bucket, unpacked
+from chatlearn.weights.bucket import Bucket, unpacked
 from chatlearn.weights.send import BucketSender
 from chatlearn.weights.wire import EngineClient, TransferStats, UpdateWeights, WeightSource
+
+# An engine's copy of a larger bucket is memory that comes fresh from the system each time, and touching that costs more
+# than the copy: with 256 MiB a transfer takes twice as long. A much smaller bucket is not worth a message.
+BUCKET_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,7 @@ class Segment:
 class SharedMemorySender:
     """The trainer's end: rank 0 writes, the other ranks take part in the export."""
 
-    def __init__(
-        self, source: WeightSource, client: EngineClient, rank: int, bucket_bytes: int = DEFAULT_BUCKET_BYTES
-    ) -> None:
+    def __init__(self, source: WeightSource, client: EngineClient, rank: int, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._sender = BucketSender(source, client, rank, SharedMemoryCarrier(client, rank), bucket_bytes)
         self._sender.open({})
 
