@@ -24,11 +24,15 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  #
 from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (  # noqa: TID253
     bind_routed_experts_capturer,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: TID253
+from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: TID253
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import (  # noqa: TID253
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info  # noqa: TID253
 from vllm.utils.torch_utils import set_random_seed  # noqa: TID253
 
 from chatlearn.errors import WeightTransferError
@@ -89,20 +93,26 @@ class BucketEngine(WeightTransferEngine[Any, Any]):
         self._loaded |= cast("Any", self.model).load_weights(pairs)
 
     def finish_weight_update(self) -> None:
-        """Close all layers; raises where this update did not write a parameter of vLLM's own, or packed no kernel anew.
+        """Close all layers; raises where this update did not write all of a parameter of vLLM's, or pack it anew.
 
         A kernel from before the update has the old weights in it, or expects them to be packed as they no longer are.
         """
+        # On a GPU padding cannot be told from what did not arrive.
+        partly = partly_loaded(self.model) if self.device.type == "cpu" else {}
         self.abandon()
         unwritten = sorted(self._parameters - self._loaded)
         if unwritten:
             raise WeightTransferError(f"{unwritten[0]}: vLLM did not load it ({len(unwritten)} of its parameters)")
-        if self.device.type == "cpu":
-            for name, kernel in packed_kernels(self.model).items():
-                if name in self._kernels and self._kernels[name]() is kernel:
-                    raise WeightTransferError(
-                        f"{name}: still has the kernel from before the update; vLLM did not pack what arrived"
-                    )
+        for name, (loaded, all_numbers) in partly.items():
+            raise WeightTransferError(
+                f"{name}: vLLM loaded {loaded} of {all_numbers} numbers ({len(partly)} such layers)"
+            )
+        kernels = packed_kernels(self.model) if self._kernels else {}
+        for name, kernel in kernels.items():
+            if name in self._kernels and self._kernels[name]() is kernel:
+                raise WeightTransferError(
+                    f"{name}: still has the kernel from before the update; vLLM did not pack what arrived"
+                )
 
     def abandon(self) -> None:
         """Close layers that are still open; without this a failed update's buffered parts would mix with the next."""
@@ -128,6 +138,24 @@ def forget_moe_kernels(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, RoutedExperts):
             module.quant_method.moe_kernel = None
+
+
+def partly_loaded(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """Layers that are open for loading and have got some of their numbers but not all, with how many.
+
+    Where several tensors become one parameter, as keys and values do, vLLM calls it loaded after the first of them. The
+    tables of a vocabulary are padded, and never full.
+    """
+    modules = {
+        name: get_layerwise_info(module)
+        for name, module in model.named_modules()
+        if not isinstance(module, VocabParallelEmbedding)
+    }
+    return {
+        name: (info.load_numel, info.load_numel_total)
+        for name, info in modules.items()
+        if info.load_numel_total is not None and 0 < info.load_numel < info.load_numel_total
+    }
 
 
 def packed_kernels(model: torch.nn.Module) -> dict[str, Any]:

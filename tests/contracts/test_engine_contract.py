@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from routed_answers import check_routes
+from tampering import Tampering, damage_third, drop_down_projection, end_too_early, flatten_first, rename_first
 from torch import Tensor
 
 from chatlearn.errors import ConfigError, RunError, WeightTransferError
@@ -25,9 +26,10 @@ from chatlearn.rollout.engine import EngineSpec, Request, RolloutEngine, Samplin
 from chatlearn.rollout.environment import engine_environment
 from chatlearn.rollout.prove import OneEngine, prove_weight_transfer
 from chatlearn.rollout.sampling import processed_logits
+from chatlearn.weights.bucket import Bucket, unpacked
 from chatlearn.weights.checkpoint_source import CheckpointSource
 from chatlearn.weights.shared_memory import SharedMemorySender
-from chatlearn.weights.wire import BeginUpdate, FinishUpdate, TensorMeta, TransferMessage, UpdateWeights, WeightSource
+from chatlearn.weights.wire import BeginUpdate, FinishUpdate, TensorMeta, WeightSource
 
 # vLLM's own imports warn of torch's and Python's deprecations.
 pytestmark = [
@@ -110,19 +112,6 @@ class Perturbed:
         generator = torch.Generator().manual_seed(5)
         for name, tensor in FIRST.export_weights():
             yield name, tensor + 0.2 * tensor.std() * torch.randn(tensor.shape, generator=generator)
-
-
-class Tampering:
-    """An ``EngineClient`` on a bad line: what ``change`` makes of a message is what arrives (None: nothing)."""
-
-    def __init__(self, engine: RolloutEngine, change: Any) -> None:
-        self._engine = engine
-        self._change = change
-
-    def send(self, message: TransferMessage) -> None:
-        changed = self._change(message)
-        if changed is not None:
-            self._engine.load_weights(changed)
 
 
 def test_every_request_comes_out_once_with_consistent_streams(engine: RolloutEngine) -> None:
@@ -238,39 +227,6 @@ def test_an_answer_that_spans_an_update_says_which_tokens_came_from_which_weight
     assert_close(item.completion.logprobs, expected.numpy())
 
 
-def drop_down_projection(message: TransferMessage) -> TransferMessage | None:
-    if isinstance(message, UpdateWeights) and "model.layers.2.mlp.down_proj.weight" in message.info["names"]:
-        index = message.info["names"].index("model.layers.2.mlp.down_proj.weight")
-        lists = {key: value for key, value in message.info.items() if isinstance(value, list)}
-        return UpdateWeights({**message.info, **{key: v[:index] + v[index + 1 :] for key, v in lists.items()}})
-    return message
-
-
-def rename_first(message: TransferMessage) -> TransferMessage:
-    if isinstance(message, UpdateWeights):
-        return UpdateWeights({**message.info, "names": ["model.nothing.weight", *message.info["names"][1:]]})
-    return message
-
-
-def flatten_first(message: TransferMessage) -> TransferMessage:
-    if isinstance(message, UpdateWeights):
-        first, *others = message.info["shapes"]
-        return UpdateWeights({**message.info, "shapes": [[int(np.prod(first))], *others]})
-    return message
-
-
-def damage_third(message: TransferMessage) -> TransferMessage:
-    if isinstance(message, UpdateWeights):
-        sums = list(message.info["checksums"])
-        sums[2] ^= 1
-        return UpdateWeights({**message.info, "checksums": sums})
-    return message
-
-
-def end_too_early(message: TransferMessage) -> TransferMessage | None:
-    return None if isinstance(message, BeginUpdate | UpdateWeights) else message
-
-
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -325,6 +281,23 @@ def test_vllms_own_fault_with_tied_heads_is_named_at_the_first_transfer(
         with pytest.raises(WeightTransferError, match="lm_head: still has the kernel from before the update"):
             carry(engine, FIRST, version=17)
     carry(engine, FIRST, version=18)
+
+
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+@pytest.mark.parametrize("left_out", ["k_proj.weight", "q_norm.weight"])
+def test_what_vllm_leaves_out_by_itself_is_named(
+    engine: RolloutEngine, monkeypatch: pytest.MonkeyPatch, left_out: str
+) -> None:
+    def without(bucket: Bucket, memory: Tensor) -> list[tuple[str, Tensor]]:
+        return [pair for pair in unpacked(bucket, memory) if not pair[0].endswith(left_out)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("chatlearn.rollout.vllm_worker.unpacked", without)
+        with pytest.raises(
+            WeightTransferError, match=r"qkv_proj: vLLM loaded \d+ of|q_norm\.weight: vLLM did not load"
+        ):
+            carry(engine, FIRST, version=16)
+    carry(engine, FIRST, version=17)
 
 
 @pytest.mark.parametrize("engine", ["vllm"], indirect=True)
