@@ -64,7 +64,7 @@ class BroadcastLoan:
         teller = ThreadPoolExecutor(max_workers=1)
         try:
             told = teller.submit(self._client.send, UpdateWeights(bucket.message()))
-            self._group.broadcast(self.memory[: bucket.num_bytes], src=0)
+            self._group.broadcast(bucket.of(self.memory), src=0)
             told.result()
         finally:
             # An engine that failed elsewhere may never answer; then the error is worth more than the thread.

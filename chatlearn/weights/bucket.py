@@ -31,10 +31,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Bucket:
     """Some tensors of an update: what ``UpdateWeights.info`` holds, as plain values, on each of our wires.
 
-    ``place`` says where the memory is, in the carrier's own words; ``num_bytes`` of it are used. ``checksums`` are
-    those of the bytes that are sent.
+    ``place`` says where the memory is, in the carrier's own words; the bucket is the ``num_bytes`` from ``start`` on,
+    and ``offsets`` count from there. ``checksums`` are those of the bytes that are sent.
     """
 
+    start: int
     num_bytes: int
     names: list[str]
     dtype_names: list[str]
@@ -49,6 +50,10 @@ class Bucket:
             (offset, offset + math.prod(shape) * DTYPES[name].itemsize)
             for offset, shape, name in zip(self.offsets, self.shapes, self.dtype_names, strict=True)
         ]
+
+    def of(self, memory: Tensor) -> Tensor:
+        """The bucket in the memory it lies in."""
+        return memory[self.start : self.start + self.num_bytes]
 
     def message(self) -> dict[str, Any]:
         """As ``UpdateWeights.info``."""
@@ -78,22 +83,47 @@ class _Run:
         return content.set_(self.source.untyped_storage(), self.start, (self.num_bytes,), (1,))
 
 
-class Packer:
-    """Fills ``memory`` with tensors, bucket after bucket. Whoever takes a bucket is done with it when he comes back.
+@dataclass(frozen=True)
+class PackingPlan:
+    """How memory is used: in equal parts that take turns, each for ``bucket_bytes``, or for one tensor above that."""
 
-    ``checksum_s`` counts the seconds that went into checksums.
+    bucket_bytes: int
+    part_bytes: int
+    num_parts: int
+
+    @staticmethod
+    def of(expected: list[TensorMeta], bucket_bytes: int) -> PackingPlan:
+        """For these tensors; where one bucket holds all of them, one part is enough."""
+        sizes = [num_whole_blocks(tensor_bytes(meta)) * BLOCK_BYTES for meta in expected]
+        bucket = max(BLOCK_BYTES, min(sum(sizes), num_whole_blocks(bucket_bytes) * BLOCK_BYTES))
+        return PackingPlan(bucket, max(bucket, *sizes), num_parts=1 if sum(sizes) <= bucket else 2)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all parts."""
+        return self.num_parts * self.part_bytes
+
+
+class Packer:
+    """Fills ``memory`` with tensors, bucket after bucket, part after part.
+
+    Whoever takes a bucket may use it while the next one is packed. ``checksum_s`` counts the seconds that went into
+    checksums.
     """
 
-    def __init__(self, memory: Tensor) -> None:
-        self._memory = memory
+    def __init__(self, memory: Tensor, plan: PackingPlan) -> None:
+        self._parts = memory.split(plan.part_bytes)
+        self._bucket_bytes = plan.bucket_bytes
+        self._turn = 0
         self.checksum_s = 0.0
         self._begin()
 
     def buckets(self, pairs: Iterator[tuple[str, Tensor]]) -> Iterator[Bucket]:
         """All of ``pairs``, in their order; each must fit into the memory."""
         for name, tensor in pairs:
-            if self._metas and self._end + tensor.nbytes > self._memory.nbytes:
+            if self._metas and self._end + tensor.nbytes > self._bucket_bytes:
                 yield self._sealed()
+                self._turn += 1
                 self._begin()
             self._add(name, tensor)
         if self._metas:
@@ -101,6 +131,7 @@ class Packer:
             self._begin()
 
     def _begin(self) -> None:
+        self._memory = self._parts[self._turn % len(self._parts)]
         self._metas: list[TensorMeta] = []
         self._offsets: list[int] = []
         self._end = 0
@@ -137,6 +168,7 @@ class Packer:
         sums = checksums(self._memory, borders)
         self.checksum_s += time.perf_counter() - started
         return Bucket(
+            start=self._turn % len(self._parts) * self._memory.nbytes,
             num_bytes=self._end,
             names=[meta.name for meta in self._metas],
             dtype_names=[meta.dtype for meta in self._metas],
@@ -168,12 +200,6 @@ def unpacked(bucket: Bucket, memory: Tensor) -> list[tuple[str, Tensor]]:
             bucket.names, bucket.dtype_names, bucket.shapes, borders, strict=True
         )
     ]
-
-
-def memory_bytes(expected: list[TensorMeta], bucket_bytes: int) -> int:
-    """What to pack into: at most a bucket, never less than the largest tensor, never more than all of them."""
-    sizes = [num_whole_blocks(tensor_bytes(meta)) * BLOCK_BYTES for meta in expected]
-    return max(BLOCK_BYTES, max(sizes, default=0), min(sum(sizes), num_whole_blocks(bucket_bytes) * BLOCK_BYTES))
 
 
 def tensor_bytes(meta: TensorMeta) -> int:

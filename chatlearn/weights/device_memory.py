@@ -83,7 +83,7 @@ class DeviceMemoryReceiver:
         shared = DeviceMemory(**bucket.place[unit])
         if self._opened is None or self._opened[0] != shared:
             self._opened = (shared, device.open_memory(shared, self._device))
-        return self._opened[1][: bucket.num_bytes].clone()
+        return bucket.of(self._opened[1]).clone()
 
     def release(self) -> None:
         """Torch counts who has the memory open; the trainer can free it after this."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from chatlearn.errors import WeightTransferError
-from chatlearn.weights.bucket import DEFAULT_BUCKET_BYTES, Packer, memory_bytes, meta_of, tensor_bytes
+from chatlearn.weights.bucket import DEFAULT_BUCKET_BYTES, Packer, PackingPlan, meta_of, tensor_bytes
 from chatlearn.weights.wire import (
     BeginUpdate,
     Carrier,
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class BucketSender:
-    """A ``WeightSender`` over any carrier. Extra memory is one bucket and one gathered parameter, never the model."""
+    """A ``WeightSender`` over any carrier: while engines take one bucket the next is packed.
+
+    Extra memory is two buckets and two gathered parameters, never the model.
+    """
 
     def __init__(
         self,
@@ -49,9 +53,10 @@ class BucketSender:
         """Carry all weights to the engines and call them ``version``; a collective over the trainer's ranks."""
         started = time.perf_counter()
         expected = self._source.metadata()
-        with self._carrier.lend(memory_bytes(expected, self._bucket_bytes)) as loan:
+        plan = PackingPlan.of(expected, self._bucket_bytes)
+        with self._carrier.lend(plan.num_bytes) as loan:
             self._tell(BeginUpdate(version))
-            checksum_s = self._stream(loan, expected)
+            checksum_s = self._stream(loan, plan, expected)
             self._tell(FinishUpdate(version))
         num_bytes = sum(tensor_bytes(meta) for meta in expected)
         return TransferStats(version, len(expected), num_bytes, time.perf_counter() - started, checksum_s)
@@ -60,16 +65,22 @@ class BucketSender:
         """Leave what the carrier is connected with."""
         self._carrier.close()
 
-    def _stream(self, loan: Loan, expected: list[TensorMeta]) -> float:
+    def _stream(self, loan: Loan, plan: PackingPlan, expected: list[TensorMeta]) -> float:
         """The weights themselves; returns the seconds that checksums took."""
         pairs = in_declared_order(self._source, expected)
         if loan.memory is None:
             for _ in pairs:
                 pass
             return 0.0
-        packer = Packer(loan.memory)
-        for bucket in packer.buckets(pairs):
-            loan.deliver(bucket)
+        packer = Packer(loan.memory, plan)
+        with ThreadPoolExecutor(max_workers=1) as carrying:
+            on_its_way: Future[None] | None = None
+            for bucket in packer.buckets(pairs):
+                if on_its_way is not None:
+                    on_its_way.result()  # it lies where the packer goes next
+                on_its_way = carrying.submit(loan.deliver, bucket)
+            if on_its_way is not None:
+                on_its_way.result()
         return packer.checksum_s
 
     def _tell(self, message: OpenTransfer | BeginUpdate | FinishUpdate) -> None:

@@ -113,7 +113,7 @@ class SharedMemoryReceiver:
             memory = torch.from_file(str(segment.path), shared=False, size=segment.num_bytes, dtype=torch.uint8)
         except RuntimeError as error:  # of whatever kind, from the system's calls
             raise WeightTransferError(f"cannot open the trainer's weights at {segment.path}: {error}") from error
-        return memory[: bucket.num_bytes].clone()
+        return bucket.of(memory).clone()
 
     def release(self) -> None:
         """Nothing is kept."""

@@ -267,5 +267,5 @@ def test_every_wire_is_registered_with_vllm_and_opens_its_own_receiver(monkeypat
 def test_vllm_builds_a_bucket_from_a_message_as_it_comes() -> None:
     from chatlearn.rollout.vllm_worker import BucketEngine
 
-    bucket = Bucket(5, ["w"], ["float32"], [[1]], [0], [7], {"unit": "gpu-0"})
+    bucket = Bucket(0, 5, ["w"], ["float32"], [[1]], [0], [7], {"unit": "gpu-0"})
     assert BucketEngine.update_info_cls(**bucket.message()) == bucket

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -102,10 +103,32 @@ def test_a_bucket_is_never_larger_than_allowed_unless_one_tensor_is() -> None:
     source, receiver = Weights(small | {"large": torch.randn(6 * numbers)}), Receiver()
     SharedMemorySender(source, receiver, rank=0, bucket_bytes=4 * block).send(1)
     buckets = [message.info for message in receiver.messages if isinstance(message, UpdateWeights)]
-    assert [bucket["num_bytes"] for bucket in buckets] == [6 * block, 4 * block, 6 * block]
-    assert {bucket["place"]["num_bytes"] for bucket in buckets} == {6 * block}
+    assert [bucket["num_bytes"] for bucket in buckets] == [4 * block, 4 * block, 2 * block, 6 * block]
+    assert {bucket["place"]["num_bytes"] for bucket in buckets} == {2 * 6 * block}
+    assert [bucket["start"] for bucket in buckets] == [0, 6 * block, 0, 6 * block]
     SharedMemorySender(source, receiver, rank=0).send(2)
-    assert len([m for m in receiver.messages if isinstance(m, UpdateWeights)]) == 3 + 1
+    assert len([m for m in receiver.messages if isinstance(m, UpdateWeights)]) == 4 + 1
+
+
+def test_the_next_bucket_is_packed_while_an_engine_takes_one() -> None:
+    exported = {name: threading.Event() for name in ("w0", "w1", "w2")}
+
+    class Watched(Weights):
+        def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in self.tensors.items():
+                exported[name].set()
+                yield name, tensor
+
+    class Slow(Receiver):
+        def send(self, message: TransferMessage) -> None:
+            if isinstance(message, UpdateWeights) and message.info["names"] == ["w0"]:
+                # A bucket is closed when the next tensor does not fit, so only the third is a sign.
+                assert exported["w2"].wait(timeout=10), "the trainer waited for the engine"
+            super().send(message)
+
+    source, engine = Watched({name: torch.randn(BLOCK_BYTES // 4) for name in exported}), Slow()
+    SharedMemorySender(source, engine, rank=0, bucket_bytes=BLOCK_BYTES).send(1)
+    assert all(torch.equal(engine.arrived[name], tensor) for name, tensor in source.tensors.items())
 
 
 class CountCopies(TorchDispatchMode):
@@ -190,7 +213,7 @@ def test_a_byte_that_changes_on_its_way_is_seen_and_its_tensor_named(victim: str
             if isinstance(message, UpdateWeights) and victim in message.info["names"]:
                 place, offsets = message.info["place"], message.info["offsets"]
                 with Path(f"/proc/{place['pid']}/fd/{place['descriptor']}").open("r+b") as memory:
-                    memory.seek(offsets[message.info["names"].index(victim)] + 7)
+                    memory.seek(message.info["start"] + offsets[message.info["names"].index(victim)] + 7)
                     byte = memory.read(1)[0]
                     memory.seek(-1, os.SEEK_CUR)
                     memory.write(bytes([byte ^ 16]))

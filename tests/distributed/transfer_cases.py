@@ -58,7 +58,7 @@ def flip(file: Path, bucket: Bucket, name: str) -> None:
     """Change one bit of a tensor where it lies between trainer and engine."""
     start, end = bucket.borders()[bucket.names.index(name)]
     with file.open("r+b") as memory:
-        memory.seek((start + end) // 2)
+        memory.seek(bucket.start + (start + end) // 2)
         byte = memory.read(1)[0]
         memory.seek(-1, os.SEEK_CUR)
         memory.write(bytes([byte ^ 1]))
