@@ -95,7 +95,10 @@ class DeviceMemoryReceiver:
 
 
 def told_to_all(value: Any) -> list[Any]:
-    """What each rank of the trainer says, in their order; returns when all have said it."""
+    """What each rank of the trainer says, in their order; returns when all have said it.
+
+    It goes over the host, so it does not meet the gathering of weights, which goes on meanwhile over NCCL.
+    """
     if not dist.is_initialized():
         return [value]
     said: list[Any] = [None] * dist.get_world_size()

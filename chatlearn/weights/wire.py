@@ -85,7 +85,10 @@ class TransferStats:
 
 
 class EngineClient(Protocol):
-    """Delivers a message to every engine and returns when all of them have done it; raises what an engine raised."""
+    """Delivers a message to every engine and returns when all of them have done it; raises what an engine raised.
+
+    Messages come one after another, but not all from the same thread.
+    """
 
     def send(self, message: TransferMessage) -> None: ...
 
@@ -97,7 +100,10 @@ class Loan(Protocol):
     def memory(self) -> Tensor | None: ...
 
     def deliver(self, bucket: Bucket) -> None:
-        """Have every engine take a copy of what the bucket says is in the memory; returns when all have it."""
+        """Have every engine take a copy of what the bucket says is in the memory; returns when all have it.
+
+        Called in a thread of its own, while the next bucket is packed.
+        """
         ...
 
 
