@@ -167,7 +167,7 @@ def _engine_care(blueprint: Blueprint, tell: Callable[[str], None]) -> EngineCar
 
 
 def _proves(policy: EngineBlueprint) -> bool:
-    """The other wires are vLLM's own, from end to end."""
+    """The proof sends from the engine's own process, which only memory of the machine allows."""
     return policy.wire == "shared_memory"
 
 
