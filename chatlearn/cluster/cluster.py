@@ -66,6 +66,7 @@ class Cluster:
         self.heartbeat = heartbeat
         self._members: list[Member] = []
         self._gone: list[Member] = []
+        self._starting: set[tuple[str, int]] = set()  # Role and rank of newcomers that do not work yet.
         self._troupes: dict[str, Troupe] = {}
         self._actors_file = ActorsFile(spec.output_dir / "actors.json")
 
@@ -106,13 +107,14 @@ class Cluster:
     def replace(self, member: Member) -> Member:
         """End a process that is dead or hangs, with its children, and start another one in its place.
 
-        The newcomer must ``arrive`` and be introduced.
+        The newcomer must ``arrive`` and be introduced; once it works, it is settled.
         """
         end(member)
         self._members.remove(member)
         self._gone.append(member)
         newcomer = self._start(self._troupes[member.role], member.rank)
         self._members.append(newcomer)
+        self._starting.add((newcomer.role, newcomer.rank))
         self._report("running")
         return newcomer
 
@@ -122,6 +124,11 @@ class Cluster:
         self._members[self._members.index(newcomer)] = met
         self._report("running")
         return met
+
+    def settle(self, newcomer: Member) -> None:
+        """A newcomer that works from now on."""
+        self._starting.discard((newcomer.role, newcomer.rank))
+        self._report("running")
 
     def close(self) -> None:
         """Let every actor say goodbye, then end it."""
@@ -149,16 +156,12 @@ class Cluster:
         return Member(troupe.role, rank, "a host it has not reached yet", 0, handle, log_file)
 
     def _report(self, state: str, culprit: WorkerError | None = None) -> None:
-        failed = (culprit.role, culprit.rank) if culprit is not None else None
         driver = Actor("driver", 0, socket.gethostname(), os.getpid(), state)
+        states = dict.fromkeys(self._starting, "starting") if state == "running" else {}
+        if culprit is not None:
+            states[culprit.role, culprit.rank] = "failed"
         rows = [
-            Actor(
-                member.role,
-                member.rank,
-                member.host,
-                member.pid,
-                "failed" if (member.role, member.rank) == failed else state,
-            )
+            Actor(member.role, member.rank, member.host, member.pid, states.get((member.role, member.rank), state))
             for member in self._members
         ]
         gone = [Actor(member.role, member.rank, member.host, member.pid, "replaced") for member in self._gone]

@@ -243,6 +243,7 @@ class PolicyGroup:
         yield from self._supply(newcomer, [other.member for other in self._posts], version)
         if care.gives_way:
             yield [(call(newcomer, "wake", "kv_cache"), newcomer)]
+        self._cluster.settle(newcomer)
 
     def _until_there_are_weights(self) -> Generator[Sequence[Ticket], None, int]:
         while self.current_version is None:

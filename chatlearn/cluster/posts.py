@@ -49,6 +49,8 @@ class Succeeding(Protocol):
 
     def introduce(self, newcomer: Member, arrival: Arrival) -> Member: ...
 
+    def settle(self, newcomer: Member) -> None: ...
+
 
 @dataclass
 class Pending:
@@ -106,7 +108,7 @@ class Post:
         """
         now = time.monotonic()
         self.failures = [moment for moment in self.failures if now - moment <= self.patience.restart_s]
-        if len(self.failures) > MAX_FAILED_RESTARTS:  # The first is the failure that began it all.
+        if len(self.failures) >= MAX_FAILED_RESTARTS:  # With this one; the first is that of the one they replaced.
             raise given_up(error, MAX_FAILED_RESTARTS, self.patience.restart_s)
         self.failures.append(now)
         self.calls.clear()

@@ -104,3 +104,4 @@ class RewardGroup:
         yield [(arriving, newcomer)]
         post.member = newcomer = self._cluster.introduce(newcomer, ray.get(arriving))
         yield [(call(newcomer, "open", *self._care.opening), newcomer)]
+        self._cluster.settle(newcomer)

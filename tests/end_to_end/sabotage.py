@@ -44,7 +44,9 @@ def harm(output: Path, run: subprocess.Popen[str], deed: Deed, chance: random.Ra
     after, delay = max(metrics(output), default=0), chance.uniform(0.0, LONGEST_DELAY_S)
     time.sleep(delay)
     role, number = DEEDS[deed]
-    victims = [row for row in actors(output) if row["role"] == role and row["state"] == "running" and row["pid"] > 0]
+    # Whoever is being started may take minutes for it, and is not missed before.
+    wait_until(lambda: not any(row["state"] == "starting" for row in actors(output)), run, "everybody at work")
+    victims = [row for row in actors(output) if row["role"] == role and row["state"] == "running"]
     victim = chance.choice(sorted(victims, key=lambda row: row["rank"]))
     pid = tensor_parallel_child(victim["pid"], chance) if deed == "kill a tensor-parallel worker" else victim["pid"]
     os.kill(pid, number)

@@ -79,7 +79,7 @@ class Diary:
 
     def send_weights(self, version: int) -> Delivery:
         self.entries.append(f"send {version}")
-        return Delivery(TransferStats(version, 1, 4, 0.1), lost=((1, 77),))
+        return Delivery(TransferStats(version, 1, 4, 0.1, 0.0), lost=((1, 77),))
 
     @contextmanager
     def held(self) -> Generator[None]:
