@@ -44,14 +44,18 @@ def harm(output: Path, run: subprocess.Popen[str], deed: Deed, chance: random.Ra
     after, delay = max(metrics(output), default=0), chance.uniform(0.0, LONGEST_DELAY_S)
     time.sleep(delay)
     role, number = DEEDS[deed]
-    # Whoever is being started may take minutes for it, and is not missed before.
-    wait_until(lambda: not any(row["state"] == "starting" for row in actors(output)), run, "everybody at work")
-    victims = [row for row in actors(output) if row["role"] == role and row["state"] == "running"]
-    victim = chance.choice(sorted(victims, key=lambda row: row["rank"]))
+    wait_until(lambda: bool(at_work(output, role)), run, f"a {role} at work")
+    victim = chance.choice(at_work(output, role))
     pid = tensor_parallel_child(victim["pid"], chance) if deed == "kill a tensor-parallel worker" else victim["pid"]
     os.kill(pid, number)
     wait_until(lambda: was_replaced(output, victim["pid"]), run, f"somebody in the place of {victim}")
     return Harm(deed, victim["rank"], after, round(delay, 2))
+
+
+def at_work(output: Path, role: str) -> list[dict[str, Any]]:
+    """Who of a role works; whoever is being started may take minutes for that, and is not missed before."""
+    rows = [row for row in actors(output) if row["role"] == role and row["state"] == "running"]
+    return sorted(rows, key=lambda row: row["rank"])
 
 
 def tensor_parallel_child(pid: int, chance: random.Random) -> int:
