@@ -122,7 +122,7 @@ def run(questions: Path, output: Path, lengths: Lengths, schedule: str, num_epis
     done = subprocess.run(
         [*command, *settings, *overrides(lengths, schedule, num_episodes)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"},
         capture_output=True,
         text=True,
         check=False,
