@@ -47,7 +47,10 @@ class Asynchronous:
         team = self.team
         for prompt in team.prompts.take(self._bound.num_allowed(version)):
             self._bound.begin(team.pipeline.ask(prompt, team.asking), version)
-        while (chosen := self._bound.choose(version, team.pipeline.judged())) is None:
-            page.progress(len(team.pipeline.judged()), team.layout.prompts_per_episode)
-            team.pipeline.wait()
-        return chosen
+
+        def look() -> list[int] | None:
+            judged = team.pipeline.judged()
+            page.progress(min(len(judged), team.layout.prompts_per_episode), team.layout.prompts_per_episode)
+            return self._bound.choose(version, judged)
+
+        return team.pipeline.wait_for(look)

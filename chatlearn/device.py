@@ -10,8 +10,10 @@ import os
 import resource
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -90,6 +92,88 @@ def pinned_like(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done all that it was told to do."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Memory of an accelerator, as plain values that another process on the same machine can open (CUDA IPC)."""
+
+    unit: str  # the accelerator's own identifier: processes may count those they see differently
+    handle: bytes
+    num_bytes: int
+    offset: int
+    counter: bytes
+    counter_offset: int
+    event: bytes
+    event_is_waited_for: bool
+
+
+def unit_of(device: torch.device) -> str:
+    """The identifier of an accelerator that all processes of the machine agree on."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def share_memory(memory: torch.Tensor) -> DeviceMemory:
+    """How other processes open ``memory``, which has a storage of its own and must outlive their use of it.
+
+    Each time is good for one opening by one process: torch counts them, to know when the memory is free again.
+    """
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+
+    values: tuple[Any, ...] = reduce_tensor(memory)[1]
+    shared = dict(zip(signature(rebuild_cuda_tensor).parameters, values, strict=True))
+    return DeviceMemory(
+        unit=unit_of(memory.device),
+        handle=shared["storage_handle"],
+        num_bytes=shared["storage_size_bytes"],
+        offset=shared["storage_offset_bytes"],
+        counter=shared["ref_counter_handle"],
+        counter_offset=shared["ref_counter_offset"],
+        event=shared["event_handle"],
+        event_is_waited_for=shared["event_sync_required"],
+    )
+
+
+def open_memory(shared: DeviceMemory, device: torch.device) -> torch.Tensor:
+    """The memory another process shared, as bytes on ``device``, which is where it lies."""
+    import torch
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    return rebuild_cuda_tensor(
+        tensor_cls=torch.Tensor,
+        tensor_size=(shared.num_bytes,),
+        tensor_stride=(1,),
+        tensor_offset=0,
+        storage_cls=torch.UntypedStorage,
+        dtype=torch.uint8,
+        storage_device=device.index,
+        storage_handle=shared.handle,
+        storage_size_bytes=shared.num_bytes,
+        storage_offset_bytes=shared.offset,
+        requires_grad=False,
+        ref_counter_handle=shared.counter,
+        ref_counter_offset=shared.counter_offset,
+        event_handle=shared.event,
+        event_sync_required=shared.event_is_waited_for,
+    )
+
+
+def reclaim_shared_memory(device: torch.device) -> None:
+    """Take back memory that was shared and that no process has open any more."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.ipc_collect()
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -24,7 +24,7 @@ from chatlearn.errors import ConfigError
 from chatlearn.models.pretrained import read_configuration
 from chatlearn.specs import engine_spec, takes_turns
 from chatlearn.trainer.build import ModelSpec
-from chatlearn.weights.shared_memory import DEFAULT_BUCKET_BYTES
+from chatlearn.weights.shared_memory import BUCKET_BYTES
 
 # A part that is less of the whole only hides the others.
 SMALLEST_PART_SHOWN = 0.01
@@ -75,14 +75,14 @@ def host_load(config: GrpoConfig, layout: Layout) -> HostLoad:
         sharded=sharded,
         engine=EngineLoad(count, engines, engine_bytes, on_cpu, cache_bytes),
         episode=_episode_load(config, layout),
-        transfer_bytes=min(count * engine_bytes, DEFAULT_BUCKET_BYTES) if engine.wire == "shared_memory" else 0,
+        transfer_bytes=min(count * engine_bytes, 2 * BUCKET_BYTES) if engine.wire == "shared_memory" else 0,
         num_processes=1 + widths + sum(load.num_ranks for load in sharded) + layout.num_graders // layout.num_nodes,
     )
 
 
 def _sharded_load(config: GrpoConfig, layout: Layout, role: str, plan: ShardedPlan) -> ShardedLoad:
     on_cpu = layout.device_kind == "cpu"
-    moves = takes_turns(layout)
+    moves = takes_turns(layout, role)
     trains_all = role == "policy_trainer" and not plan.takes_adapter
     count = num_parameters(Path(plan.load))
     weight_bytes = 4 if on_cpu or trains_all else 2

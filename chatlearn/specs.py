@@ -57,7 +57,7 @@ def engine_spec(config: GrpoConfig, layout: Layout, cores: tuple[int, ...]) -> E
         cpu_cores=cores,
         trust_remote_code=config.models.policy_trainer.trust_remote_code,
         return_routed_experts=config.models.policy_trainer.router_replay is not False,
-        sleep_enabled=takes_turns(layout) and layout.policy.offload_weights,
+        sleep_enabled=takes_turns(layout, "policy") and layout.policy.offload_weights,
     )
 
 
@@ -163,7 +163,7 @@ def blueprint(config: GrpoConfig, layout: Layout, *, one_host: bool) -> Blueprin
         else _sharded(config, layout, layout.reference, "ref_policy", one_host=one_host),
         base_is_reference=layout.base_is_reference,
         graders=_graders(config, layout),
-        takes_turns=takes_turns(layout),
+        takes_turns=takes_turns(layout, "policy"),
         device_kind=layout.device_kind,
         patience=Patience(config.runtime_args.engine_timeout_s, config.runtime_args.engine_restart_timeout_s),
     )
@@ -171,33 +171,32 @@ def blueprint(config: GrpoConfig, layout: Layout, *, one_host: bool) -> Blueprin
 
 def _engines(config: GrpoConfig, layout: Layout, *, one_host: bool) -> EngineBlueprint:
     engines = layout.policy
-    common = engine_spec(config, layout, tuple(sorted(os.sched_getaffinity(0))) if one_host else ())
+    cores = layout.share_cores(sorted(os.sched_getaffinity(0))).engines if one_host else ()
+    common = engine_spec(config, layout, cores)
     replicas = tuple(for_replica(common, replica, engines.num_replicas) for replica in range(engines.num_replicas))
-    slots, share = _place(layout, "policy")
-    width = engines.tensor_parallel_size
-    shares = tuple(slots[first : first + width] for first in range(0, len(slots), width))
     environments = tuple(
         device.worker_environment(layout.device_kind, engines.cores_per_process * engines.tensor_parallel_size)
         | engine_environment(spec)
         | (LOOPBACK_ENVIRONMENT if one_host else {})
         for spec in replicas
     )
-    plan = RolePlan(shares, engines.num_replicas, share, 0, engines.cores_per_process, environments)
+    plan = RolePlan(layout.arrangement.processes["policy"], 0, engines.cores_per_process, (), environments)
     return EngineBlueprint(
         plan, config.runtime_args.rollout_backend, replicas, common.wire, gives_way=common.sleep_enabled
     )
 
 
 def _sharded(config: GrpoConfig, layout: Layout, sharded: ShardedPlan, role: str, *, one_host: bool) -> ModelBlueprint:
-    slots, share = _place(layout, role)
     environment = device.worker_environment(
         layout.device_kind, sharded.cores_per_process, expandable_segments=sharded.use_expandable_segments
     ) | (LOOPBACK_ENVIRONMENT if one_host else {})
-    alone = tuple((slot,) for slot in slots)
-    plan = RolePlan(alone, sharded.num_ranks, share, 0, sharded.cores_per_process, (environment,) * sharded.num_ranks)
-    moves = takes_turns(layout)
+    # Engines are bound to the other cores then, and threads that may go anywhere would wander onto them.
+    bound = one_host and layout.overlaps and layout.device_kind == "cpu"
+    cores = layout.share_cores(sorted(os.sched_getaffinity(0))).learners if bound else ()
+    environments = (environment,) * sharded.num_ranks
+    moves = takes_turns(layout, role)
     return ModelBlueprint(
-        plan=plan,
+        plan=RolePlan(layout.arrangement.processes[role], 0, sharded.cores_per_process, cores, environments),
         model=model_spec(config, layout, sharded),
         parallel=parallel_plan(sharded),
         scores=batch_layout(sharded.scoring, Path(sharded.load)),
@@ -205,24 +204,13 @@ def _sharded(config: GrpoConfig, layout: Layout, sharded: ShardedPlan, role: str
     )
 
 
-def takes_turns(layout: Layout) -> bool:
-    """Whether engines and trainer share accelerators; on the CPU every process keeps its own memory."""
-    return layout.device_kind == "cuda" and layout.colocated
+def takes_turns(layout: Layout, role: str) -> bool:
+    """Whether a role shares accelerators with others; on the CPU every process keeps its own memory."""
+    return layout.device_kind == "cuda" and any(role in group.roles and len(group.roles) > 1 for group in layout.groups)
 
 
 def _graders(config: GrpoConfig, layout: Layout) -> GraderBlueprint:
     reward = config.models.reward
     environment = device.worker_environment("cpu", 1)
-    plan = RolePlan((), layout.num_graders, 0.0, reward.cpu_per_process, 1, (environment,) * layout.num_graders)
+    plan = RolePlan((), reward.cpu_per_process, 1, (), (environment,) * layout.num_graders)
     return GraderBlueprint(plan, reward.function, reward.deadline_s, reward.cpu_per_process)
-
-
-def _place(layout: Layout, role: str) -> tuple[tuple[int, ...], float]:
-    """The slots of a role, and its share of each slot's accelerator; roles that share take equal parts."""
-    first = 0
-    for group in layout.groups:
-        if role in group.roles:
-            size = group.sizes[group.roles.index(role)]
-            return tuple(range(first, first + size)), 1.0 / len(group.roles)
-        first += group.num_devices
-    raise AssertionError(f"the layout has no place for {role}")

@@ -12,6 +12,7 @@ from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.cluster import Cluster, ClusterSpec
 from chatlearn.cluster.crew import open_crew
 from chatlearn.cluster.groups import ReferenceGroup, TrainerGroup
+from chatlearn.cluster.lookout import Station, looking_out
 from chatlearn.cluster.pipeline import Asking, Pipeline
 from chatlearn.cluster.placement import Demand
 from chatlearn.cluster.policy_group import PolicyGroup
@@ -33,6 +34,7 @@ from chatlearn.rollout.dispatch import SamplingPurpose, engine_seed
 from chatlearn.rollout.partial import Rounds
 
 GOLD_LEDGER = "gold_checks.json"
+STUCK_REPORT = "stuck_report.txt"
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,10 @@ def gather(
     address = Environment.read().ray_address
     spec = ClusterSpec(
         address=address,
-        demand=Demand(layout.num_devices, layout.device_kind == "cuda", config.models.reward.num_cpu),
+        demand=Demand(layout.arrangement.blocks, layout.device_kind == "cuda", config.models.reward.num_cpu),
         output_dir=layout.folders.output,
     )
-    with Cluster.open(spec, heartbeat) as cluster:
+    with Cluster.open(spec, heartbeat) as cluster, looking_out(_station(cluster, config, journal)):
         journal.say("starting engines and trainer")
         crew = open_crew(cluster, specs.blueprint(config, layout, one_host=address is None), journal.say)
         check = gold_check(
@@ -132,3 +134,9 @@ def gather(
             config_text=resolved_text(config),
             lora=lora_spec(config),
         )
+
+
+def _station(cluster: Cluster, config: GrpoConfig, journal: Journal) -> Station:
+    """What the lookout is told."""
+    report_path = cluster.spec.output_dir / STUCK_REPORT
+    return Station(config.runtime_args.progress_timeout_s, cluster.members, report_path, journal.say)

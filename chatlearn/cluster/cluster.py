@@ -39,12 +39,12 @@ class ClusterSpec:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one process goes (``None``: anywhere), and its share of the accelerator, cores, threads and environment."""
+    """Where one process goes (``None``: anywhere), and its threads, the cores they stay on, and its environment."""
 
     slot: Slot | None
-    device_share: float
     num_cpus: int
     num_threads: int
+    cores: tuple[int, ...]
     environment: dict[str, str]
 
 
@@ -87,6 +87,10 @@ class Cluster:
             cluster.close()
         finally:
             ray.shutdown()
+
+    def members(self) -> tuple[Member, ...]:
+        """Every actor that has arrived."""
+        return tuple(self._members)
 
     def spawn(self, troupes: Sequence[Troupe]) -> list[Group]:
         """Start one actor for every place of every troupe, all at once, and wait until they have arrived."""
@@ -136,11 +140,11 @@ class Cluster:
         place = troupe.places[rank]
         log_file = str((self.spec.output_dir / "logs" / f"{troupe.role}_{rank}.log").absolute())
         one_host = self.spec.address is None
-        seat = Seat(troupe.role, rank, len(troupe.places), place.num_threads, log_file, one_host)
+        seat = Seat(troupe.role, rank, len(troupe.places), place.num_threads, place.cores, log_file, one_host)
         if place.slot is None:
             options = {"num_cpus": place.num_cpus, "runtime_env": {"env_vars": place.environment}}
         else:
-            options = self.placement.options(place.slot, place.device_share, place.environment)
+            options = self.placement.options(place.slot, place.environment)
         handle = ray.remote(troupe.worker).options(**options).remote(seat)
         return Member(troupe.role, rank, "a host it has not reached yet", 0, handle, log_file)
 

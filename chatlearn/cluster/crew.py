@@ -20,7 +20,6 @@ from chatlearn.cluster.rollout_worker import RolloutWorker
 from chatlearn.cluster.weight_supply import WeightSupply, Wiring
 from chatlearn.cluster.workers import Luggage, ReferenceWorker, TrainerWorker
 from chatlearn.device import DeviceKind
-from chatlearn.errors import RunError
 from chatlearn.rollout.engine import EngineSpec
 from chatlearn.trainer.build import ModelSpec
 from chatlearn.trainer.objective import Objective
@@ -34,13 +33,13 @@ class RolePlan:
     """Where a role's processes go, and what each gets.
 
     ``slots`` has the numbers of the slots of each process, the first of which it lives in; empty means anywhere.
+    ``cores`` are those the role's threads stay on; empty means any.
     """
 
     slots: tuple[tuple[int, ...], ...]
-    num_processes: int
-    device_share: float
     num_cpus: int
     num_threads: int
+    cores: tuple[int, ...]
     environments: tuple[dict[str, str], ...]  # One for each process.
 
 
@@ -88,7 +87,7 @@ class GraderBlueprint:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """All roles of a run. ``takes_turns``: engines and trainer share accelerators.
+    """All roles of a run. ``takes_turns``: engines share accelerators with a model that trains or scores.
 
     Where ``base_is_reference``, the trainer's own base scores as the reference, and there is no model of that role.
     """
@@ -120,19 +119,19 @@ def open_crew(cluster: Cluster, blueprint: Blueprint, tell: Callable[[str], None
     ``tell`` says something to the person who watches, such as that an engine was replaced.
     """
     troupes = [
-        Troupe("policy", RolloutWorker, _places(cluster, blueprint.policy.plan)),
-        Troupe("policy_trainer", TrainerWorker, _places(cluster, blueprint.trainer.sharded.plan)),
-        Troupe("reward", RewardWorker, _places(cluster, blueprint.graders.plan)),
+        Troupe("policy", RolloutWorker, places(cluster, blueprint.policy.plan)),
+        Troupe("policy_trainer", TrainerWorker, places(cluster, blueprint.trainer.sharded.plan)),
+        Troupe("reward", RewardWorker, places(cluster, blueprint.graders.plan)),
     ]
     if blueprint.reference is not None:
-        troupes.append(Troupe("ref_policy", ReferenceWorker, _places(cluster, blueprint.reference.plan)))
+        troupes.append(Troupe("ref_policy", ReferenceWorker, places(cluster, blueprint.reference.plan)))
     engines, trainers, judges, *references = cluster.spawn(troupes)
 
     policy = PolicyGroup(engines, cluster, _engine_care(blueprint, tell))
     graders = RewardGroup(judges, cluster, _grader_care(blueprint, tell))
     pipeline = Pipeline(policy, graders, cluster.heartbeat)
     opening = engines.start("open", [(blueprint.policy.engine, spec) for spec in blueprint.policy.replicas])
-    opening += judges.start("open", [_grading(blueprint.graders)] * blueprint.graders.plan.num_processes)
+    opening += judges.start("open", [_grading(blueprint.graders)] * len(judges.members))
     if blueprint.takes_turns:  # An engine measures how much memory is free: the trainer must not be there yet.
         collect(opening, cluster.heartbeat)
         opening = []
@@ -168,7 +167,7 @@ def _engine_care(blueprint: Blueprint, tell: Callable[[str], None]) -> EngineCar
 
 
 def _proves(policy: EngineBlueprint) -> bool:
-    """The other wires are vLLM's own, from end to end."""
+    """The proof sends from the engine's own process, which only memory of the machine allows."""
     return policy.wire == "shared_memory"
 
 
@@ -177,25 +176,20 @@ def _grader_care(blueprint: Blueprint, tell: Callable[[str], None]) -> GraderCar
     return GraderCare(_grading(graders), graders.deadline_s, blueprint.patience, tell)
 
 
-def _places(cluster: Cluster, plan: RolePlan) -> list[Place]:
-    if not plan.slots:
-        return [Place(None, 0.0, plan.num_cpus, plan.num_threads, environment) for environment in plan.environments]
+def places(cluster: Cluster, plan: RolePlan) -> list[Place]:
+    """Where each process of a role goes on this cluster."""
+    slots = plan.slots or ((),) * len(plan.environments)
     return [
-        _place(cluster.placement.slots, numbers, environment, plan)
-        for numbers, environment in zip(plan.slots, plan.environments, strict=True)
+        _place([cluster.placement.slots[number] for number in numbers], environment, plan)
+        for numbers, environment in zip(slots, plan.environments, strict=True)
     ]
 
 
-def _place(slots: Sequence[Slot], numbers: Sequence[int], environment: dict[str, str], plan: RolePlan) -> Place:
-    mine = [slots[number] for number in numbers]
-    if len({slot.host for slot in mine}) > 1:
-        raise RunError(
-            f"a process that needs {len(mine)} devices of one node was given some on {mine[0].host} and some on "
-            f"{mine[-1].host}; make num_gpu of every model a multiple of the GPUs of a node"
-        )
+def _place(mine: Sequence[Slot], environment: dict[str, str], plan: RolePlan) -> Place:
+    assert len({slot.bundle for slot in mine}) <= 1, "a process uses devices of one node"
     devices = [slot.device_index for slot in mine if slot.device_index is not None]
     seen = device.visible_devices(devices) if devices else {}
-    return Place(mine[0], plan.device_share, plan.num_cpus, plan.num_threads, environment | seen)
+    return Place(mine[0] if mine else None, plan.num_cpus, plan.num_threads, plan.cores, environment | seen)
 
 
 def _grading(graders: GraderBlueprint) -> tuple[str | None, float, int]:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Delivery:
-    """What one transfer moved, and the engines, by process number, that it lost on the way."""
+    """What one transfer moved, and the engines that it lost on the way: rank and process number."""
 
     stats: TransferStats
-    lost: tuple[int, ...]
+    lost: tuple[tuple[int, int], ...]
 
 
 class RayEngineClient:
@@ -32,7 +32,7 @@ class RayEngineClient:
     def __init__(self, engines: Sequence[Member], silence_s: float) -> None:
         self._engines = {engine.rank: engine for engine in engines}
         self._silence_s = silence_s
-        self._lost: list[int] = []
+        self._lost: list[tuple[int, int]] = []
 
     def send(self, message: TransferMessage) -> None:
         """Raise ``WorkerError`` naming the engine that refuses what it was sent."""
@@ -52,8 +52,8 @@ class RayEngineClient:
         """Count on an engine that took the place of another."""
         self._engines[engine.rank] = engine
 
-    def take_lost(self) -> tuple[int, ...]:
-        """The process numbers of those that were lost since this was asked before."""
+    def take_lost(self) -> tuple[tuple[int, int], ...]:
+        """Rank and process number of those that were lost since this was asked before."""
         lost, self._lost = tuple(self._lost), []
         return lost
 
@@ -66,4 +66,4 @@ class RayEngineClient:
     def _lose(self, *engines: Member) -> None:
         for engine in engines:
             del self._engines[engine.rank]
-            self._lost.append(engine.pid)
+            self._lost.append((engine.rank, engine.pid))

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from chatlearn.cluster.waiting import WAITING
 from chatlearn.errors import ChatLearnError, WorkerError
 
 POLL_S = 0.05  # How long a Ctrl-C may go unnoticed while actors work, and what else goes on may have to wait.
@@ -65,15 +66,17 @@ def call(member: Member, method: str, *arguments: Any) -> Any:
 def collect(tickets: Sequence[Ticket], heartbeat: Callable[[], None]) -> list[Any]:
     """Wait for every reference; raise ``WorkerError`` for the member that is most likely the cause of a failure."""
     waiting = dict(tickets)
-    while waiting:
-        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=POLL_S)
-        heartbeat()
-        for reference in ready:
-            member = waiting.pop(reference)
-            try:
-                ray.get(reference)
-            except RayError as error:
-                raise _root_cause(error, member, waiting) from None
+    with WAITING.on(waiting):
+        while waiting:
+            ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=POLL_S)
+            heartbeat()
+            for reference in ready:
+                member = waiting.pop(reference)
+                try:
+                    ray.get(reference)
+                except RayError as error:
+                    raise _root_cause(error, member, waiting) from None
+                WAITING.progress()
     return [ray.get(reference) for reference, _ in tickets]
 
 

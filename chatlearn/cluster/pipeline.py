@@ -8,17 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import ray
 
-from chatlearn.cluster.fanout import POLL_S
+from chatlearn.cluster.fanout import POLL_S, Member
 from chatlearn.cluster.policy_group import PolicyGroup
 from chatlearn.cluster.reward_group import RewardGroup
+from chatlearn.cluster.waiting import WAITING
 from chatlearn.records import Completion, Graded, Prompt
 from chatlearn.rollout.assembly import Assembly
 from chatlearn.rollout.dispatch import plan_dispatch
 from chatlearn.rollout.engine import SamplingPlan
 
+Found = TypeVar("Found")
 Progress = Callable[[int, int], None]  # done, of how many
 
 
@@ -43,6 +46,7 @@ class Pipeline:
         self._assembly = Assembly()
         self._being_graded: dict[int, Prompt] = {}
         self._graded: dict[int, Graded] = {}
+        self._owed: dict[int, Member] = {}  # Who has been asked something and has not answered, for the lookout.
 
     def ask_planned(self, prompts: Sequence[Prompt], asking: Asking, seeds: Sequence[int]) -> list[int]:
         """Ask a batch, one seed for each replica: the same batch and seeds sample the same answers."""
@@ -67,48 +71,47 @@ class Pipeline:
     def advance(self) -> None:
         """Move on whatever can be moved; never waits."""
         for finished in self._policy.advance():
+            WAITING.progress()
             whole = self._assembly.enter(finished)
             if whole is not None:
                 number, rollout = whole
                 self._being_graded[number] = rollout.prompt
                 self._graders.submit(number, rollout)
         for number, graded in self._graders.advance():
+            WAITING.progress()
             if self._being_graded.pop(number, None) is not None:
                 self._graded[number] = graded
+        self._owed.clear()
+        self._owed.update(enumerate([*self._policy.debtors(), *self._graders.debtors()]))
 
-    def wait(self) -> None:
-        """Until something happened, for a moment at most."""
-        waited = [*self._policy.references(), *self._graders.references()]
-        if waited:
-            ray.wait(waited, num_returns=1, timeout=POLL_S)
-        else:
-            time.sleep(POLL_S)  # Something will happen that is no call, such as weights that become ready.
-        self._heartbeat()
-        self.advance()
+    def wait_for(self, look: Callable[[], Found | None]) -> Found:
+        """Let engines and graders work until ``look`` finds something."""
+        with WAITING.on(self._owed):
+            while (found := look()) is None:
+                self._wait_a_moment()
+        return found
 
     def await_answers(self, numbers: Sequence[int], show: Progress) -> None:
         """Until the engines have answered all of these groups."""
-        while (left := len(self._assembly.prompts().keys() & set(numbers))) > 0:
-            show(len(numbers) - left, len(numbers))
-            self.wait()
-        show(len(numbers), len(numbers))
+        self.await_first(numbers, len(numbers), show)
 
     def await_first(self, numbers: Sequence[int], count: int, show: Progress) -> list[int]:
         """Until ``count`` of these groups are answered; returns them."""
-        while len(answered := sorted(set(numbers) - self._assembly.prompts().keys())) < count:
+
+        def look() -> list[int] | None:
+            answered = sorted(set(numbers) - self._assembly.prompts().keys())[:count]
             show(len(answered), count)
-            self.wait()
-        return answered[:count]
+            return answered if len(answered) == count else None
+
+        return self.wait_for(look)
 
     def await_silence(self) -> None:
         """Until the engines have nothing in flight."""
-        while self._policy.num_in_flight > 0:
-            self.wait()
+        self.wait_for(lambda: self._policy.num_in_flight == 0 or None)
 
     def take(self, numbers: Sequence[int]) -> list[Graded]:
         """These groups, judged, in this order; waits for those that are not yet. They are forgotten here."""
-        while any(number not in self._graded for number in numbers):
-            self.wait()
+        self.wait_for(lambda: self._graded.keys() >= set(numbers) or None)
         return [self._graded.pop(number) for number in numbers]
 
     def judged(self) -> list[int]:
@@ -131,3 +134,12 @@ class Pipeline:
         graded = {number: group.rollout.prompt for number, group in self._graded.items()}
         waiting = self._assembly.prompts() | self._being_graded | graded
         return [waiting[number] for number in sorted(waiting)]
+
+    def _wait_a_moment(self) -> None:
+        waited = [*self._policy.references(), *self._graders.references()]
+        if waited:
+            ray.wait(waited, num_returns=1, timeout=POLL_S)
+        else:
+            time.sleep(POLL_S)  # What is waited for is no call: weights that a new engine needs, say.
+        self._heartbeat()
+        self.advance()

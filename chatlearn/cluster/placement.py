@@ -1,4 +1,4 @@
-"""Which process lives where: one bundle of resources for every rank, shared by roles that take turns."""
+"""Which process lives where: one bundle of resources for each node of the plan, shared by roles that take turns."""
 
 from __future__ import annotations
 
@@ -16,68 +16,86 @@ from chatlearn.errors import ConfigError, RunError
 
 READY_TIMEOUT_S = 300.0  # An autoscaled cluster may need minutes to bring a node.
 ASK_EVERY_S = 1.0
-PROBE_GPUS = 0.01
 
 
 @dataclass(frozen=True)
 class Demand:
     """What a run asks of the cluster, counted before anything is placed.
 
-    ``num_slots`` processes each own a slot: one accelerator on CUDA, one core's worth of scheduling on the CPU.
-    ``num_cpus`` is asked for in addition by actors without a slot (the reward workers).
+    ``blocks`` has the number of slots that must lie together on a node, for each node of the plan. A slot is one
+    accelerator on CUDA, one core's worth of scheduling on the CPU. ``num_cpus`` is asked for in addition by actors
+    without a slot (the reward workers).
     """
 
-    num_slots: int
+    blocks: tuple[int, ...]
     accelerated: bool
     num_cpus: int
+
+    @property
+    def num_slots(self) -> int:
+        """Slots on all nodes together."""
+        return sum(self.blocks)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One bundle of the placement group, and the accelerator that Ray gave it (``None`` on the CPU)."""
+    """A part of a bundle of the placement group, and the accelerator that is meant (``None`` on the CPU)."""
 
     bundle: int
-    host: str
     device_index: str | None
 
 
 class Placement:
-    """The placement group of a run; slots are ordered by host and device, so that neighbours share a node."""
+    """The placement group of a run; slots are numbered block after block, as the plan numbers them.
 
-    def __init__(self, group: PlacementGroup, slots: Sequence[Slot], accelerated: bool) -> None:
+    Ray never splits a bundle, so what the plan puts on one node is on one node, whatever else the cluster does.
+    """
+
+    def __init__(self, group: PlacementGroup, slots: Sequence[Slot]) -> None:
         self.group = group
         self.slots = tuple(slots)
-        self.accelerated = accelerated
 
     @classmethod
     def open(cls, demand: Demand, heartbeat: Callable[[], None]) -> Placement:
         """Reserve the slots; says what is missing when the cluster cannot hold the run."""
         _check_room(demand)
-        bundle = {"CPU": 1.0, "GPU": 1.0} if demand.accelerated else {"CPU": 1.0}
-        group = placement_group([bundle] * demand.num_slots, strategy="PACK")
+        bundles = [{resource: float(block) for resource in _resources(demand)} for block in demand.blocks]
+        # Each block gets a node of its own where there are enough: that is how engines come to be spread.
+        group = placement_group(bundles, strategy="SPREAD")
         if not _granted(group, heartbeat):
             remove_placement_group(group)
             raise RunError(
-                f"Ray did not grant {demand.num_slots} slots of {bundle} within {READY_TIMEOUT_S:.0f} s; other jobs of "
-                f"the cluster may hold them: free now {ray.available_resources()}"
+                f"Ray did not grant {bundles}, each on one node, within {READY_TIMEOUT_S:.0f} s; other jobs of the "
+                f"cluster may hold them: free now {ray.available_resources()}"
             )
-        slots = [_probe(group, index, demand.accelerated) for index in range(demand.num_slots)]
-        slots.sort(key=lambda slot: (slot.host, len(slot.device_index or ""), slot.device_index or "", slot.bundle))
-        return cls(group, slots, demand.accelerated)
+        slots = [
+            Slot(bundle, index)
+            for bundle, block in enumerate(demand.blocks)
+            for index in (_device_indices(group, bundle, block) if demand.accelerated else [None] * block)
+        ]
+        return cls(group, slots)
 
     def close(self) -> None:
         """Give the slots back."""
         remove_placement_group(self.group)
 
-    def options(self, slot: Slot, device_share: float, environment: dict[str, str]) -> dict[str, Any]:
-        """Actor options for a process that lives in ``slot`` and uses ``device_share`` of its accelerator."""
+    def options(self, slot: Slot, environment: dict[str, str]) -> dict[str, Any]:
+        """Actor options for a process that lives in ``slot``.
+
+        It asks Ray for nothing: the bundle is ours, and which of its accelerators the process sees is written in the
+        environment. Shares of accelerators that Ray deals out by itself may leave no whole share for the last process.
+        """
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=slot.bundle)
         return {
             "num_cpus": 0,
-            "num_gpus": device_share if self.accelerated else 0,
+            "num_gpus": 0,
             "scheduling_strategy": strategy,
             "runtime_env": {"env_vars": environment},
         }
+
+
+def _resources(demand: Demand) -> tuple[str, ...]:
+    return ("CPU", "GPU") if demand.accelerated else ("CPU",)
 
 
 def _check_room(demand: Demand) -> None:
@@ -96,23 +114,41 @@ def _check_room(demand: Demand) -> None:
         )
     if problems:
         raise ConfigError(*problems)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for resource in _resources(demand):
+        sizes = [int(node.get(resource, 0)) for node in nodes]
+        if not may_hold(demand.blocks, sizes):
+            raise ConfigError(
+                f"the configuration needs {' + '.join(map(str, demand.blocks))} {resource}s, each number on one node, "
+                f"but the nodes of the Ray cluster have {', '.join(map(str, sorted(sizes, reverse=True)))}; set NNODES "
+                "(and GPUS_PER_NODE) to what the cluster is, or lower models.*.num_gpu"
+            )
 
 
-def _probe(group: PlacementGroup, bundle: int, accelerated: bool) -> Slot:
-    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-    look = ray.remote(_look_around).options(
-        num_cpus=0, num_gpus=PROBE_GPUS if accelerated else 0, scheduling_strategy=strategy
+def may_hold(blocks: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether nodes of these sizes are large enough for the blocks: for as many as there are of at least each size.
+
+    >>> may_hold((8, 4), (8, 4)), may_hold((8, 4), (6, 6))
+    (True, False)
+    """
+    return all(
+        sum(size // block for size in sizes) >= sum(1 for other in blocks if other >= block) for block in set(blocks)
     )
+
+
+def _device_indices(group: PlacementGroup, bundle: int, block: int) -> list[str]:
+    """What the accelerators of a bundle are called on their node, in order."""
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+    look = ray.remote(_look_around).options(num_cpus=0, num_gpus=block, scheduling_strategy=strategy)
     try:
-        host, device_index = ray.get(look.remote())
+        found: list[str] = ray.get(look.remote())
     except RayError as error:
-        raise RunError(f"Ray could not start a process in slot {bundle} of the run: {error}") from None
-    return Slot(bundle, host, device_index)
+        raise RunError(f"Ray could not start a process in bundle {bundle} of the run: {error}") from None
+    return found
 
 
-def _look_around() -> tuple[str, str | None]:
-    devices = ray.get_gpu_ids()
-    return ray.util.get_node_ip_address(), str(devices[0]) if devices else None
+def _look_around() -> list[str]:
+    return sorted((str(device) for device in ray.get_gpu_ids()), key=lambda name: (len(name), name))
 
 
 def _granted(group: PlacementGroup, heartbeat: Callable[[], None]) -> bool:

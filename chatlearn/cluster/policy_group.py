@@ -91,7 +91,7 @@ class PolicyGroup:
             if self._posts[number].is_manned and not self._held:
                 self._give(number, asked)
             else:
-                self._homeless.append(asked)
+                self._homeless += by_prompt(asked)
         self._keep_busy()
 
     def submit(self, requests: Sequence[Request], plan: SamplingPlan) -> None:
@@ -125,6 +125,10 @@ class PolicyGroup:
         self._keep_busy()
         return finished
 
+    def debtors(self) -> list[Member]:
+        """Who has been asked something and has not answered."""
+        return [post.member for post in self._posts if post.calls or post.awaited]
+
     def references(self) -> list[Any]:
         """What to wait for until ``advance`` has something to do."""
         return [reference for post in self._posts for reference in post.references()]
@@ -136,11 +140,11 @@ class PolicyGroup:
         yield
         self._held = False
 
-    def lose(self, pids: Sequence[int]) -> None:
-        """Replace engines that a transfer has lost, where that has not happened yet."""
+    def lose(self, lost: Sequence[tuple[int, int]]) -> None:
+        """Replace engines, by rank and process number, that a transfer has lost, where that has not happened yet."""
         for number, post in enumerate(self._posts):
-            if post.is_manned and post.member.pid in pids:
-                member = post.member
+            member = post.member
+            if post.is_manned and (member.rank, member.pid) in lost:
                 words = "it died or did not answer during a transfer of weights"
                 self._replace(number, WorkerError(member.role, member.rank, member.host, words))
 
@@ -150,6 +154,8 @@ class PolicyGroup:
 
     def sleep(self) -> None:
         """Give the device's memory to those who share it; the next transfer brings the weights again."""
+        while self._care.gives_way and not all(post.is_manned for post in self._posts):
+            self._wait_a_moment()  # An engine that is being started would take memory while others are at home there.
         self._everybody("sleep")
 
     def take_busy_s(self) -> float:
@@ -167,16 +173,24 @@ class PolicyGroup:
             if post.is_manned:
                 post.ask(method, *arguments)
         while any(post.calls for post in self._posts):
-            ray.wait(self.references(), num_returns=1, timeout=WORK_S)
-            self.advance()
+            self._wait_a_moment()
+
+    def _wait_a_moment(self) -> None:
+        """For engines that have nothing in flight."""
+        waited = self.references()
+        if waited:
+            ray.wait(waited, num_returns=1, timeout=WORK_S)
+        self.advance()
 
     def _received(self, number: int, finished: Sequence[Finished]) -> Sequence[Finished]:
         post, share = self._posts[number], self._shares[number]
-        for item in finished:
-            post.failures.clear()  # Whoever answers can be replaced as often as it takes.
-            if share.pop(item.request_id, None) is None:
+        for item in finished:  # All are looked at before any is taken: what is not taken is asked again.
+            if item.request_id not in share:
                 member, words = post.member, f"it answered request {item.request_id}, which nobody had asked of it"
                 raise BrokenError(WorkerError(member.role, member.rank, member.host, words))
+        for item in finished:
+            post.failures.clear()  # Whoever answers can be replaced as often as it takes.
+            del share[item.request_id]
         return finished
 
     def _give(self, number: int, asked: Sequence[Asked]) -> None:
@@ -204,7 +218,7 @@ class PolicyGroup:
         post, orphans = self._posts[number], list(self._shares[number].values())
         post.replace(error, self._succession(number))
         self._shares[number] = {}
-        self._homeless += [list(group) for _, group in groupby(orphans, key=prompt_of)]
+        self._homeless += by_prompt(orphans)
         self.num_replaced += 1
         self._care.tell(f"{error}; another one is started, and {len(orphans)} unfinished requests are asked again")
 
@@ -242,6 +256,7 @@ class PolicyGroup:
         self._looked_at = now
 
 
-def prompt_of(asked: Asked) -> str:
-    """What requests that share a prompt have in common: the name before the answer's number."""
-    return asked.request.request_id.rpartition(".")[0]
+def by_prompt(asked: Sequence[Asked]) -> list[list[Asked]]:
+    """Neighbours that share a prompt, and with it the name before the answer's number, stay together."""
+    groups = groupby(asked, key=lambda one: one.request.request_id.rpartition(".")[0])
+    return [list(group) for _, group in groups]

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from chatlearn.cluster.fanout import Group, call
+from chatlearn.cluster.fanout import Group, Member, call
 from chatlearn.cluster.posts import BrokenError, Patience, Post, Succeeding, Succession
 from chatlearn.errors import WorkerError
 from chatlearn.records import Graded, Prompt, Rollout
@@ -63,6 +63,10 @@ class RewardGroup:
                 self._replace(post, broken.error)
         self._deal()
         return judged
+
+    def debtors(self) -> list[Member]:
+        """Who has been asked something and has not answered."""
+        return [post.member for post in self._posts if post.calls or post.awaited]
 
     def references(self) -> list[Any]:
         """What to wait for until ``advance`` has something to do."""

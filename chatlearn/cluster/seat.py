@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 import ray
 
 from chatlearn import device
+from chatlearn.cluster.presence import Observer, tell_whereabouts
+from chatlearn.cluster.waiting import WAITING
+from chatlearn.observability.whereabouts import whereabouts_path
 
 if TYPE_CHECKING:
     from chatlearn.trainer.parallel import Rendezvous
@@ -20,13 +23,15 @@ if TYPE_CHECKING:
 class Seat:
     """Where a worker sits: what it is called, its share of the cores, and the file that keeps what it writes.
 
-    ``one_host`` says that the whole run is on this machine, and needs to be reached by no other.
+    ``cores`` are those that its threads stay on, ``()`` any. ``one_host`` says that the whole run is on this machine,
+    and needs to be reached by no other.
     """
 
     role: str
     rank: int
     num_ranks: int
     num_threads: int
+    cores: tuple[int, ...]
     log_file: str
     one_host: bool
 
@@ -40,13 +45,16 @@ class Arrival:
 
 
 def take_seat(seat: Seat) -> None:
-    """Send everything this process writes to its log file, and take the share of the cores it was given."""
+    """Send what this process writes to its log, take its share of the cores, and tell from now on what it does."""
     Path(seat.log_file).parent.mkdir(parents=True, exist_ok=True)
     log = os.open(seat.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    if seat.cores:  # Before torch starts its threads, which go where this one is.
+        os.sched_setaffinity(0, seat.cores)
     device.set_num_threads(seat.num_threads)
+    tell_whereabouts(whereabouts_path(seat.log_file), Observer(seat.role, seat.rank))
 
 
 def arrive() -> Arrival:
@@ -79,4 +87,5 @@ def meet(seat: Seat, meeting: Rendezvous) -> None:
     """Join the process group of this worker's role."""
     from chatlearn.trainer.parallel import open_process_group
 
+    WAITING.join_peers()  # Before, because meeting is waiting for the others already.
     open_process_group(seat.rank, seat.num_ranks, meeting)

@@ -85,7 +85,7 @@ class TrainerWorker:
         self._kind: WireKind = kind
         self._silence_s = silence_s
         self._engines = RayEngineClient(engines, silence_s)
-        self._sender = build_sender(kind, self._model, self._engines, self._seat.rank, meeting)
+        self._sender = build_sender(kind, self._model, self._engines, self._seat.rank, self._model.device, meeting)
 
     def send_weights(self, version: int) -> Delivery:
         """Stream the current weights into the engines as ``version``."""
@@ -95,7 +95,8 @@ class TrainerWorker:
         """Bring the current weights, which are ``version``, to an engine that took the place of another."""
         from chatlearn.weights.sender import build_sender
 
-        alone = build_sender(self._kind, self._model, RayEngineClient([engine], self._silence_s), self._seat.rank)
+        client = RayEngineClient([engine], self._silence_s)
+        alone = build_sender(self._kind, self._model, client, self._seat.rank, self._model.device)
         alone.send(version)
         alone.close()
         self._engines.admit(engine)

@@ -181,31 +181,49 @@ def _colocation_problems(config: GrpoConfig) -> list[str]:
 
 
 def placement_problems(config: GrpoConfig, groups: Sequence[DeviceGroup], environment: Environment) -> list[str]:
-    """What does not fit GPUs: unequal sizes of roles that share them, uneven nodes, too few GPUs."""
+    """What does not fit GPUs: roles that cannot share them, engines wider than a node, too few GPUs."""
     if environment.gpus_per_node == 0:
         return [
             f"runtime_args.device={config.runtime_args.device} needs GPUs and this machine shows none; set "
             "runtime_args.device=cpu, or GPUS_PER_NODE to plan for another machine with --dry-run"
         ]
     return [
-        *(problem for group in groups for problem in _unequal(group)),
-        *(problem for group in groups for problem in _uneven(group, environment.gpus_per_node)),
+        *(problem for group in groups for problem in _unreachable(group)),
+        *(problem for group in groups for problem in _never_idle(config, group)),
+        *_too_wide(config, environment.gpus_per_node),
         *_too_many(groups, environment),
     ]
 
 
-def _unequal(group: DeviceGroup) -> list[str]:
-    if len(set(group.sizes)) <= 1:
+def _unreachable(group: DeviceGroup) -> list[str]:
+    engines, ranks = group.size_of("policy"), group.size_of("policy_trainer")
+    if ranks == 0 or engines <= ranks:
         return []
-    sizes = ", ".join(f"models.{role}.num_gpu={size}" for role, size in zip(group.roles, group.sizes, strict=True))
-    return [f"{sizes}: roles that share GPUs (runtime_args.colocation) need the same num_gpu"]
-
-
-def _uneven(group: DeviceGroup, gpus_per_node: int) -> list[str]:
     return [
-        f"models.{role}.num_gpu={size} spans several nodes and must be a multiple of GPUS_PER_NODE={gpus_per_node}"
-        for role, size in zip(group.roles, group.sizes, strict=True)
-        if size > gpus_per_node and size % gpus_per_node != 0
+        f"models.policy.num_gpu={engines} is more than models.policy_trainer.num_gpu={ranks}, with which it shares "
+        "GPUs (runtime_args.colocation): an engine takes its weights from a trainer rank on the same GPU; use at most "
+        f"{ranks}, or leave policy out of the list, and it has GPUs of its own"
+    ]
+
+
+def _never_idle(config: GrpoConfig, group: DeviceGroup) -> list[str]:
+    schedule, others = config.runtime_args.schedule, [role for role in group.roles if role != "policy"]
+    if schedule == "sync" or "policy" not in group.roles or not others:
+        return []
+    return [
+        f"runtime_args.schedule={schedule} keeps the engines busy while others compute, so policy cannot share "
+        f"the GPUs of {' and '.join(others)} (runtime_args.colocation): leave policy out of the list, or use "
+        "schedule=sync"
+    ]
+
+
+def _too_wide(config: GrpoConfig, gpus_per_node: int) -> list[str]:
+    width = config.models.policy.tensor_model_parallel_size
+    if width <= gpus_per_node:
+        return []
+    return [
+        f"models.policy.tensor_model_parallel_size={width} is more than the GPUs of a node "
+        f"(GPUS_PER_NODE={gpus_per_node}), and an engine lies inside one; use {choices(gpus_per_node, gpus_per_node)}"
     ]
 
 
@@ -220,6 +238,19 @@ def _too_many(groups: Sequence[DeviceGroup], environment: Environment) -> list[s
         f"{environment.gpus_per_node} GPUs have {present}; lower models.*.num_gpu, let roles share GPUs with "
         "runtime_args.colocation, or add nodes"
     ]
+
+
+def torn_engines(config: GrpoConfig, environment: Environment) -> str:
+    """What to say where there are GPUs enough, and too few of them beside each other."""
+    policy = config.models.policy
+    width = policy.tensor_model_parallel_size
+    return (
+        f"models.policy.num_gpu={policy.num_gpu} with tensor_model_parallel_size={width} makes "
+        f"{policy.num_gpu // width} engines, each inside one node, and with the other roles on {environment.num_nodes} "
+        f"node(s) with {environment.gpus_per_node} GPUs not all of them find {width} GPUs beside each other; use a "
+        f"size that divides the GPUs of a node ({choices(environment.gpus_per_node, width)}), lower num_gpu, or add "
+        "nodes"
+    )
 
 
 def choices(number: int, near: int) -> str:

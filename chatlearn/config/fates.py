@@ -61,6 +61,7 @@ _RUNTIME: Final = (
         "use_partial_rollout",
         "engine_timeout_s",
         "engine_restart_timeout_s",
+        "progress_timeout_s",
     ),
     honoured_except(f"{RUNTIME}.rollout_backend", {"sglang": f"SGLang is {_NOT_YET}"}),
     alias(f"{RUNTIME}.num_inference_per_prompt", of=f"{POLICY}.num_inference_per_prompt"),
@@ -70,7 +71,6 @@ _RUNTIME: Final = (
     refused(f"{RUNTIME}.model_type", ("llm",), f"models that see images are {_NOT_YET}"),
     refused(f"{RUNTIME}.use_rollout_manager", (False,), f"the rollout manager (agent tasks) is {_NOT_YET}"),
     refused(f"{RUNTIME}.raw_chat", (False,), f"untemplated prompts (agent tasks) are {_NOT_YET}"),
-    refused(f"{RUNTIME}.progress_timeout_s", (None, 0), f"the progress watchdog is {_NOT_YET}"),
     refused(f"{RUNTIME}.resume_anyway", (False,), f"resuming with another configuration is {_NOT_YET}"),
     refused(f"{RUNTIME}.keep_best", (False, None, 0), f"keeping the best checkpoint is {_NOT_YET}"),
     refused(

@@ -9,9 +9,18 @@ from math import gcd
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from chatlearn.config.checks import placement_problems
+from chatlearn.config.checks import placement_problems, torn_engines
+from chatlearn.config.cores import CoreSplit, side_by_side, taking_turns
 from chatlearn.config.environment import Environment
-from chatlearn.config.placement import DeviceGroup, device_groups
+from chatlearn.config.placement import (
+    Arrangement,
+    DeviceGroup,
+    arrange,
+    arrange_anywhere,
+    base_is_reference,
+    device_groups,
+)
+from chatlearn.config.schedule import works_at_once
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.errors import ConfigError
 
@@ -84,7 +93,8 @@ class Layout:
     It is None too where ``base_is_reference``: a LoRA trainer with its adapter off is the model it started from.
 
     ``colocated`` tells that engines and trainer share their devices and take turns. ``groups`` are the sets of GPUs and
-    who lives on them; on the CPU every role has its own processes and ``groups`` only says who takes turns.
+    who lives on them, ``arrangement`` is who gets which; on the CPU every role has its own processes and the two only
+    say who takes turns and which node a process is on. ``overlaps``: engines generate while others compute.
     """
 
     device_kind: DeviceKind
@@ -102,6 +112,8 @@ class Layout:
     num_graders: int
     colocated: bool
     groups: tuple[DeviceGroup, ...]
+    arrangement: Arrangement
+    overlaps: bool
     folders: Folders
 
     @property
@@ -113,6 +125,10 @@ class Layout:
     def num_devices(self) -> int:
         """GPUs (on the CPU: ranks) over all groups."""
         return sum(group.num_devices for group in self.groups)
+
+    def share_cores(self, cores: Sequence[int]) -> CoreSplit:
+        """Who computes on which of a node's cores (CPU only: on GPU machines threads are few and not bound)."""
+        return (side_by_side if self.overlaps else taking_turns)(cores)
 
     def batches(self, samples: Sequence[Item], seed: int) -> Iterator[list[Item]]:
         """Cut an episode's samples into one part per optimizer step; from the second pass on they are shuffled.
@@ -141,14 +157,13 @@ def layout_of(config: GrpoConfig, environment: Environment) -> Layout:
     """Derive the numbers of a run; raises one ``ConfigError`` with everything that does not fit the machine."""
     kind = device_kind_of(config, environment)
     groups = device_groups(config)
-    problems = placement_problems(config, groups, environment) if kind == "cuda" else []
-    if problems:
-        raise ConfigError(*problems)
+    arrangement = _arrangement(config, groups, kind, environment)
+    overlaps = works_at_once(config)
+    cores = _cores(kind, arrangement, overlaps, environment)
     runtime, policy, trainer = config.runtime_args, config.models.policy, config.models.policy_trainer
     reward = config.models.reward
     micro_batch = runtime.train_micro_batch_size
     data_ranks = trainer.num_gpu // trainer.ulysses_sequence_parallel_size
-    base_is_reference = _base_is_reference(config)
     return Layout(
         device_kind=kind,
         num_nodes=environment.num_nodes,
@@ -161,37 +176,52 @@ def layout_of(config: GrpoConfig, environment: Environment) -> Layout:
             num_replicas=policy.num_gpu // policy.tensor_model_parallel_size,
             tensor_parallel_size=policy.tensor_model_parallel_size,
             offload_weights=policy.free_gpu_memory.offload_weights,
-            cores_per_process=_cores(kind, policy.num_gpu, environment),
+            cores_per_process=cores["policy"],
             max_sequence_tokens=policy.max_prompt_tokens_length + policy.max_response_tokens_length,
         ),
-        trainer=_trainer(config, kind, environment),
+        trainer=_trainer(config, cores["policy_trainer"]),
         training=PackingRule(data_ranks, trainer.packing, trainer.max_token_in_packing, micro_batch),
-        reference=_reference(config, kind, environment) if trainer.kl_coef > 0 and not base_is_reference else None,
-        base_is_reference=base_is_reference,
+        reference=_reference(config, cores["ref_policy"]) if "ref_policy" in cores else None,
+        base_is_reference=base_is_reference(config),
         num_graders=reward.num_cpu // reward.cpu_per_process,
         colocated=any({"policy", "policy_trainer"} <= set(group.roles) for group in groups),
         groups=groups,
+        arrangement=arrangement,
+        overlaps=overlaps,
         folders=_folders(config),
     )
 
 
-def _cores(kind: DeviceKind, num_processes: int, environment: Environment) -> int:
-    """Cores for each process of a role.
+def _arrangement(
+    config: GrpoConfig, groups: Sequence[DeviceGroup], kind: DeviceKind, environment: Environment
+) -> Arrangement:
+    """Who gets which device. What a node without GPUs holds is known to its cluster alone."""
+    width = config.models.policy.tensor_model_parallel_size
+    if kind == "cpu":
+        return arrange_anywhere(groups, width, environment.num_nodes)
+    problems = placement_problems(config, groups, environment)
+    if problems:
+        raise ConfigError(*problems)
+    arrangement = arrange(groups, width, environment.num_nodes, environment.gpus_per_node)
+    if arrangement is None:
+        raise ConfigError(torn_engines(config, environment))
+    return arrangement
 
-    Roles take turns, so a role may use every core, divided by its own processes: two processes that each use all cores
-    slow each other down tenfold. On a GPU machine all roles' processes of a GPU share that GPU's part of the cores.
+
+def _cores(kind: DeviceKind, arrangement: Arrangement, overlaps: bool, environment: Environment) -> dict[str, int]:
+    """Cores for each process of each role (of an engine: for each of its devices).
+
+    On the CPU roles take turns, so a role may use every core, divided by its own processes; where engines generate
+    while others compute, each side has its part. On a GPU machine the processes of a GPU share that GPU's part.
     """
-    sharers = min(num_processes, environment.gpus_per_node) if kind == "cuda" else num_processes
-    return max(1, environment.cores // max(1, sharers))
+    if kind == "cuda":
+        return dict.fromkeys(arrangement.processes, max(1, environment.cores // max(arrangement.blocks)))
+    split = (side_by_side if overlaps else taking_turns)(range(environment.cores))
+    sides = {role: split.engines if role == "policy" else split.learners for role in arrangement.processes}
+    return {role: max(1, len(side) // arrangement.most_on_a_node(role)) for role, side in sides.items()}
 
 
-def _base_is_reference(config: GrpoConfig) -> bool:
-    """Whether the reference is the very model that a LoRA adapter was put on, so that no second copy is needed."""
-    trainer, reference = config.models.policy_trainer, config.models.ref_policy
-    return trainer.kl_coef > 0 and trainer.lora.rank > 0 and _or(reference.load, trainer.load) == trainer.load
-
-
-def _trainer(config: GrpoConfig, kind: DeviceKind, environment: Environment) -> ShardedPlan:
+def _trainer(config: GrpoConfig, cores_per_process: int) -> ShardedPlan:
     trainer = config.models.policy_trainer
     return ShardedPlan(
         load=trainer.load,
@@ -205,7 +235,7 @@ def _trainer(config: GrpoConfig, kind: DeviceKind, environment: Environment) -> 
         offload_optimizer_states=trainer.free_gpu_memory.offload_optimizer_states,
         keeps_on_host=trainer.optimizer.keep_on_host,
         takes_adapter=trainer.lora.rank > 0,
-        cores_per_process=_cores(kind, trainer.num_gpu, environment),
+        cores_per_process=cores_per_process,
         scoring=PackingRule(
             trainer.num_gpu // trainer.ulysses_sequence_parallel_size,
             trainer.packing,
@@ -215,7 +245,7 @@ def _trainer(config: GrpoConfig, kind: DeviceKind, environment: Environment) -> 
     )
 
 
-def _reference(config: GrpoConfig, kind: DeviceKind, environment: Environment) -> ShardedPlan:
+def _reference(config: GrpoConfig, cores_per_process: int) -> ShardedPlan:
     """What ``ref_policy`` leaves open is as for the trainer."""
     asked, trainer = config.models.ref_policy, config.models.policy_trainer
     num_ranks = _or(asked.num_gpu, trainer.num_gpu)
@@ -234,7 +264,7 @@ def _reference(config: GrpoConfig, kind: DeviceKind, environment: Environment) -
         offload_optimizer_states=False,  # It has none.
         keeps_on_host=False,
         takes_adapter=False,
-        cores_per_process=_cores(kind, num_ranks, environment),
+        cores_per_process=cores_per_process,
         scoring=PackingRule(
             num_data_ranks=num_ranks // sequence_parallel_size,
             packing=_or(asked.packing, trainer.packing),

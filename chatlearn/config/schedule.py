@@ -22,7 +22,7 @@ def schedule_name(config: GrpoConfig) -> ScheduleName:
     return runtime.schedule
 
 
-def overlaps(config: GrpoConfig) -> bool:
+def works_at_once(config: GrpoConfig) -> bool:
     """Whether engines answer while the trainer learns, so that neither can have what the other one uses."""
     return config.runtime_args.schedule != "sync"
 

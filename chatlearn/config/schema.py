@@ -23,6 +23,7 @@ from chatlearn.config.value_types import (
     TopK,
     as_groups,
     as_switch,
+    as_tuple,
 )
 
 
@@ -61,7 +62,7 @@ class RuntimeArgs(Section):
     rollout_backend: Text = "vllm"
     """Engine that generates: `vllm`, `transformers` (slow, for tests and understanding) or `package.module:Class`."""
     colocation: Annotated[tuple[tuple[Role, ...], ...], BeforeValidator(as_groups)] = ()
-    """Roles that share GPUs and take turns: one list of roles, or a list of such lists."""
+    """Roles that share GPUs and take turns: one list of roles, or a list of such lists. Others live apart."""
     output_dir: Text
     """Folder of the run; everything it writes is in there."""
     data_path: Text
@@ -112,6 +113,8 @@ class RuntimeArgs(Section):
     """Answers per evaluation prompt: the k of `avg@k` and `pass@k`."""
     numerics_gate: Annotated[Literal["stop", "warn", "off"], BeforeValidator(as_switch)] = "stop"
     """What a run does, once it named the cause, when engine and trainer disagree at its start or after a resume."""
+    progress_timeout_s: NonNegative = 1800.0
+    """Seconds in which nothing was finished, after which a report says who waits for whom; 0 never says it."""
     save_rollouts: bool = True
     """Write every answer with its reward to `rollouts/`."""
     log_args_dict: LogArgs = LogArgs()
@@ -196,7 +199,7 @@ class PartialRolloutArgs(Section):
 
     max_rollout_round: Annotated[int, Field(ge=1)] = 2
     """Rounds, one in each episode, after which an answer is finished whatever it is."""
-    rollout_ratio: tuple[PositiveNumber, ...] = (0.5, 0.5)
+    rollout_ratio: Annotated[tuple[PositiveNumber, ...], BeforeValidator(as_tuple)] = (0.5, 0.5)
     """The share of `max_response_tokens_length` that an answer may use in each round; they add up to 1."""
     mini_response_per_prompt: Annotated[int, Field(ge=1)] = 16
     """A prompt's answers are learned from once more of them than this are finished, and later ones as they come."""

@@ -15,6 +15,7 @@ def summary_rows(layout: Layout) -> list[tuple[str, str]]:
     return [
         ("device", f"{layout.device_kind}, {nodes}"),
         *((" + ".join(group.roles), f"{group.num_devices} {device}") for group in layout.groups),
+        ("from each node", " + ".join(map(str, layout.arrangement.blocks))),
         ("episode", f"{layout.prompts_per_episode} prompts, {layout.samples_per_episode} answers"),
         ("steps per episode", f"{layout.steps_per_episode} ({layout.num_minibatches} mini-batches, {epochs} epochs)"),
         ("old log-probabilities", "scored before the first step" if layout.steps_per_episode > 1 else "from the step"),

@@ -38,6 +38,9 @@ class Transfer(Protocol):
     def num_bytes(self) -> int: ...
 
     @property
+    def checksum_s(self) -> float: ...
+
+    @property
     def seconds(self) -> float: ...
 
 
@@ -214,7 +217,11 @@ def describe_steps(steps: Sequence[StepStats]) -> dict[str, float]:
 
 def describe_transfer(transfer: Transfer) -> dict[str, float]:
     """How long the weights took to reach the engines, and how fast that was."""
-    numbers = {"sync/version": float(transfer.version), "sync/seconds": transfer.seconds}
+    numbers = {
+        "sync/version": float(transfer.version),
+        "sync/seconds": transfer.seconds,
+        "sync/checksum_seconds": transfer.checksum_s,
+    }
     if transfer.seconds > 0:
         numbers["sync/gigabytes_per_s"] = transfer.num_bytes / 1e9 / transfer.seconds
     return numbers

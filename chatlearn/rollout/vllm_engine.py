@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.llm_engine import LLMEngine
 
-# What our shared-memory wire is called in vLLM's factory; the module named here registers it in every worker.
+# The module named here registers our wires in every worker, each under this prefix in vLLM's factory.
 WORKER_EXTENSION = "chatlearn.rollout.vllm_worker.WorkerExtension"
-BACKENDS = {"shared_memory": "chatlearn_shared_memory", "ipc": "ipc", "nccl": "nccl"}
+BACKEND_PREFIX = "chatlearn_"
 
 # Level 1 would copy the weights to the host; they are sent again before they are used, so level 2 drops them.
 SLEEP_LEVEL = 2
@@ -73,6 +73,8 @@ class VllmEngine:
         from vllm.inputs.engine import tokens_input
 
         self._ledger.require_complete()
+        # vLLM takes requests in its sleep and never answers them.
+        assert not (self._spec.sleep_enabled and self._engine.is_sleeping()), "its cache is asleep: wake it first"
         require_room(requests, self._spec)
         if plan.seed is not None and not self._in_flight:
             self._rpc("chatlearn_reseed", plan.seed)
@@ -134,16 +136,16 @@ class VllmEngine:
     def _deliver(self, message: TransferMessage) -> None:
         match message:
             case OpenTransfer(info):
-                self._rpc("init_weight_transfer_engine", self._worker_info(info))
+                self._transfer("init_weight_transfer_engine", self._worker_info(info))
             case BeginUpdate(version):
                 self._ledger.begin(version)
-                self._rpc("start_weight_update")
+                self._transfer("start_weight_update")
             case UpdateWeights(info):
                 self._ledger.enter(info)
-                self._rpc("update_weights", dict(info))
+                self._transfer("update_weights", dict(info))
             case FinishUpdate(version):
                 self._ledger.finish(version)
-                self._rpc("finish_weight_update")
+                self._transfer("finish_weight_update")
                 self._engine.set_weight_version(str(version))
                 # Cached keys and values came from the old weights; running requests compute theirs anew.
                 self._engine.reset_prefix_cache(reset_running_requests=True)
@@ -165,6 +167,13 @@ class VllmEngine:
             return False
         executor = cast("Any", self._engine.engine_core).engine_core.model_executor
         return executor.is_failed
+
+    def _transfer(self, method: str, *arguments: object) -> None:
+        """Call a verb of vLLM's weight transfer in every worker; what one of them complains of is raised here."""
+        complaints = self._engine.collective_rpc("chatlearn_transfer", args=(method, arguments))
+        for complaint in complaints:
+            if complaint is not None:
+                raise WeightTransferError(complaint)
 
     def _rpc(self, method: str, *arguments: object) -> None:
         self._engine.collective_rpc(method, args=arguments)
@@ -259,7 +268,7 @@ def start_vllm(spec: EngineSpec) -> LLMEngine:
         tensor_parallel_size=spec.tensor_parallel_size,
         distributed_executor_backend="mp" if spec.tensor_parallel_size > 1 else "uni",
         worker_extension_cls=WORKER_EXTENSION,
-        weight_transfer_config=WeightTransferConfig(backend=BACKENDS[spec.wire]),
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND_PREFIX + spec.wire),
         max_model_len=spec.max_model_len,
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=spec.max_num_batched_tokens,

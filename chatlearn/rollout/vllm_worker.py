@@ -1,4 +1,4 @@
-"""What lives inside vLLM's workers: our end of the shared-memory wire, and the calls vLLM has no name for.
+"""What lives inside vLLM's workers: the engine's end of our wires, and the calls vLLM has no name for.
 
 vLLM imports this module in each worker because ``VllmEngine`` names ``WorkerExtension`` as its worker extension; that
 is the only moment at which a worker in a process of its own can learn of a transfer engine, so the import registers it.
@@ -7,9 +7,10 @@ Nothing else imports this file, which is why it may name vLLM at the top.
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Any, cast
+from operator import methodcaller
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -23,39 +24,56 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  #
 from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (  # noqa: TID253
     bind_routed_experts_capturer,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: TID253
+from vllm.model_executor.layers.vocab_parallel_embedding import (  # noqa: TID253
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import (  # noqa: TID253
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info  # noqa: TID253
 from vllm.utils.torch_utils import set_random_seed  # noqa: TID253
 
 from chatlearn.errors import WeightTransferError
 from chatlearn.models.router_replay import expert_dtype
-from chatlearn.weights.shared_memory import Bucket, read_bucket
-
-BACKEND = "chatlearn_shared_memory"
-
-
-@dataclass(frozen=True)
-class OpenInfo:
-    """The shared-memory wire has nothing to agree on before the first update."""
+from chatlearn.rollout.vllm_engine import BACKEND_PREFIX
+from chatlearn.weights.broadcast import BroadcastReceiver, join_as_worker
+from chatlearn.weights.bucket import Bucket, unpacked
+from chatlearn.weights.device_memory import DeviceMemoryReceiver
+from chatlearn.weights.shared_memory import SharedMemoryReceiver
+from chatlearn.weights.wire import Receiver, WireKind
 
 
-class SharedMemoryEngine(WeightTransferEngine[Any, Any]):
-    """vLLM's transfer engine for weights that lie in the trainer's memory, in checkpoint format.
+class BucketEngine(WeightTransferEngine[Any, Any]):
+    """vLLM's transfer engine for our buckets, whose tensors are those of a checkpoint.
 
     vLLM repacks weights for its kernels after loading, so loading again goes through its layer-wise reload: parameters
     get their original shapes back, each layer is repacked when all of it has arrived, values land in the old memory.
     """
 
-    init_info_cls = OpenInfo
+    init_info_cls = dict
     update_info_cls = Bucket
 
-    def init_transfer_engine(self, init_info: OpenInfo) -> None:
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module) -> None:
+        super().__init__(config, vllm_config, device, model)
         self._reloading = False
         self._loaded: set[str] = set()
         self._parameters: frozenset[str] = frozenset()
+        self._kernels: dict[str, weakref.ref[Any]] = {}
+        self._receiver: Receiver | None = None
+
+    def init_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Open the end of the wire that this engine was registered for."""
+        match self.config.backend.removeprefix(BACKEND_PREFIX):
+            case "shared_memory":
+                self._receiver = SharedMemoryReceiver()
+            case "ipc":
+                self._receiver = DeviceMemoryReceiver(self.device)
+            case wire:
+                assert wire == "nccl", f"{wire} is no wire of ours"
+                group = join_as_worker(init_info, self.parallel_config)
+                self._receiver = BroadcastReceiver(group, self.device)
 
     def start_weight_update(self) -> None:
         """Open all layers for loading."""
@@ -63,23 +81,43 @@ class SharedMemoryEngine(WeightTransferEngine[Any, Any]):
         self._parameters = frozenset(name for name, _ in self.model.named_parameters())
         self._loaded = set()
         if self.device.type == "cpu":
+            self._kernels = {name: weakref.ref(kernel) for name, kernel in packed_kernels(self.model).items()}
             forget_moe_kernels(self.model)
         initialize_layerwise_reload(self.model)
         self._reloading = True
 
     def receive_weights(self, update_info: Bucket) -> None:
         """Load one bucket; ``load_weights`` takes Hugging Face names, fuses and slices, and says what it wrote."""
-        self._loaded |= cast("Any", self.model).load_weights(read_bucket(update_info))
+        assert self._receiver is not None, "OpenTransfer comes first"
+        pairs = unpacked(update_info, self._receiver.copy_of(update_info))
+        self._loaded |= cast("Any", self.model).load_weights(pairs)
 
     def finish_weight_update(self) -> None:
-        """Close all layers; raises where a parameter of vLLM's own was not written by this update."""
+        """Close all layers; raises where this update did not write all of a parameter of vLLM's, or pack it anew.
+
+        A kernel from before the update has the old weights in it, or expects them to be packed as they no longer are.
+        """
+        # On a GPU padding cannot be told from what did not arrive.
+        partly = partly_loaded(self.model) if self.device.type == "cpu" else {}
         self.abandon()
         unwritten = sorted(self._parameters - self._loaded)
         if unwritten:
             raise WeightTransferError(f"{unwritten[0]}: vLLM did not load it ({len(unwritten)} of its parameters)")
+        for name, (loaded, all_numbers) in partly.items():
+            raise WeightTransferError(
+                f"{name}: vLLM loaded {loaded} of {all_numbers} numbers ({len(partly)} such layers)"
+            )
+        kernels = packed_kernels(self.model) if self._kernels else {}
+        for name, kernel in kernels.items():
+            if name in self._kernels and self._kernels[name]() is kernel:
+                raise WeightTransferError(
+                    f"{name}: still has the kernel from before the update; vLLM did not pack what arrived"
+                )
 
     def abandon(self) -> None:
         """Close layers that are still open; without this a failed update's buffered parts would mix with the next."""
+        if self._receiver is not None:
+            self._receiver.release()
         if self._reloading:
             self._reloading = False
             finalize_layerwise_reload(self.model, self.model_config)
@@ -87,7 +125,9 @@ class SharedMemoryEngine(WeightTransferEngine[Any, Any]):
                 repack_heads(self.model)
 
     def shutdown(self) -> None:
-        """There is no connection to release."""
+        """Leave what the receiver is connected with."""
+        if self._receiver is not None:
+            self._receiver.close()
 
 
 def forget_moe_kernels(model: torch.nn.Module) -> None:
@@ -98,6 +138,37 @@ def forget_moe_kernels(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, RoutedExperts):
             module.quant_method.moe_kernel = None
+
+
+def partly_loaded(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """Layers that are open for loading and have got some of their numbers but not all, with how many.
+
+    Where several tensors become one parameter, as keys and values do, vLLM calls it loaded after the first of them. The
+    tables of a vocabulary are padded, and never full.
+    """
+    modules = {
+        name: get_layerwise_info(module)
+        for name, module in model.named_modules()
+        if not isinstance(module, VocabParallelEmbedding)
+    }
+    return {
+        name: (info.load_numel, info.load_numel_total)
+        for name, info in modules.items()
+        if info.load_numel_total is not None and 0 < info.load_numel < info.load_numel_total
+    }
+
+
+def packed_kernels(model: torch.nn.Module) -> dict[str, Any]:
+    """What computes with packed copies of weights on the CPU, by the module: experts, and output heads.
+
+    Other linear layers are packed like heads; no way is known in which one of them would be left out.
+    """
+    modules = dict(model.named_modules())
+    experts = {name: module for name, module in modules.items() if isinstance(module, RoutedExperts)}
+    heads = {name: cast("Any", module) for name, module in modules.items() if isinstance(module, ParallelLMHead)}
+    kernels: dict[str, Any] = {name: module.quant_method.moe_kernel for name, module in experts.items()}
+    kernels |= {name: module.cpu_linear for name, module in heads.items()}
+    return {name: kernel for name, kernel in kernels.items() if kernel is not None}
 
 
 def repack_heads(model: torch.nn.Module) -> None:
@@ -173,11 +244,24 @@ class WorkerExtension:
         """The routes of a request, by vLLM's own name for it."""
         return self._chatlearn_routes.take(request)
 
+    def chatlearn_transfer(self, method: str, arguments: tuple[Any, ...]) -> str | None:
+        """Call a verb of the worker's for weight transfer; what is wrong with the weights comes back as text.
+
+        Raised, it would leave the answers of the other tensor-parallel ranks in vLLM's queues, to be taken for those to
+        the next call.
+        """
+        try:
+            methodcaller(method, *arguments)(self)
+        except WeightTransferError as error:
+            return str(error)
+        return None
+
     def chatlearn_abandon_update(self) -> None:
         """Make the worker ready for a new update after one that failed half-way."""
         self._weight_update_active = False
-        if isinstance(self.weight_transfer_engine, SharedMemoryEngine):
+        if isinstance(self.weight_transfer_engine, BucketEngine):
             self.weight_transfer_engine.abandon()
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
+for wire in get_args(WireKind):
+    WeightTransferEngineFactory.register_engine(BACKEND_PREFIX + wire, BucketEngine)

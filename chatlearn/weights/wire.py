@@ -7,11 +7,14 @@ side is a ``WeightSender``, the engine's side ``RolloutEngine.load_weights``; an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from chatlearn.weights.bucket import Bucket
 
 WireKind = Literal["ipc", "nccl", "shared_memory"]
 
@@ -69,18 +72,61 @@ TransferMessage = OpenTransfer | BeginUpdate | UpdateWeights | FinishUpdate
 
 @dataclass(frozen=True)
 class TransferStats:
-    """What one transfer moved, and the seconds from ``BeginUpdate`` to the end of ``FinishUpdate``."""
+    """What one transfer moved, and the seconds from ``BeginUpdate`` to the end of ``FinishUpdate``.
+
+    ``checksum_s`` of them went into the trainer's checksums; an engine's take as long again.
+    """
 
     version: int
     num_tensors: int
     num_bytes: int
     seconds: float
+    checksum_s: float
 
 
 class EngineClient(Protocol):
-    """Delivers a message to every engine and returns when all of them have done it; raises what an engine raised."""
+    """Delivers a message to every engine and returns when all of them have done it; raises what an engine raised.
+
+    Messages come one after another, but not all from the same thread.
+    """
 
     def send(self, message: TransferMessage) -> None: ...
+
+
+class Loan(Protocol):
+    """Memory of one update, to be packed again and again; on a rank that packs nothing ``memory`` is ``None``."""
+
+    @property
+    def memory(self) -> Tensor | None: ...
+
+    def deliver(self, bucket: Bucket) -> None:
+        """Have every engine take a copy of what the bucket says is in the memory; returns when all have it.
+
+        Called in a thread of its own, while the next bucket is packed.
+        """
+        ...
+
+
+class Carrier(Protocol):
+    """The trainer's end of a medium: how memory that was packed comes to the engines."""
+
+    def lend(self, num_bytes: int) -> AbstractContextManager[Loan]: ...
+
+    def close(self) -> None: ...
+
+
+class Receiver(Protocol):
+    """An engine's end of a medium."""
+
+    def copy_of(self, bucket: Bucket) -> Tensor:
+        """The bytes of a bucket, on the engine's device, as a copy of its own: the memory is filled again."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the trainer's memory: the update is over, well or not."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class WeightSender(Protocol):

@@ -5,36 +5,31 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatlearn.errors import WeightTransferError
+from chatlearn.weights.checksum import BLOCK_BYTES
 from chatlearn.weights.sender import build_sender
 from chatlearn.weights.shared_memory import SharedMemorySender, read_bucket
 from chatlearn.weights.wire import (
     BeginUpdate,
-    EngineClient,
     FinishUpdate,
     OpenTransfer,
     TensorMeta,
     TransferMessage,
     UpdateWeights,
-    WireMeeting,
 )
-
-# vLLM's own imports warn of torch's and Python's deprecations.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
 
 
 class Weights:
@@ -103,13 +98,60 @@ def test_every_tensor_arrives_bit_for_bit_whatever_the_buckets(
 
 
 def test_a_bucket_is_never_larger_than_allowed_unless_one_tensor_is() -> None:
-    source, receiver = Weights({f"w{i}": torch.randn(100) for i in range(10)} | {"large": torch.randn(900)}), Receiver()
-    SharedMemorySender(source, receiver, rank=0, bucket_bytes=1000).send(1)
-    sizes = {message.info["num_bytes"] for message in receiver.messages if isinstance(message, UpdateWeights)}
-    assert sizes == {3648}  # 900 floats, up to the next cache line
-    assert len([m for m in receiver.messages if isinstance(m, UpdateWeights)]) == 3  # eight, the other two, the large
+    block, numbers = BLOCK_BYTES, BLOCK_BYTES // 4
+    small = {f"w{index}": torch.randn(numbers - 5) for index in range(10)}  # a little less than a block
+    source, receiver = Weights(small | {"large": torch.randn(6 * numbers)}), Receiver()
+    SharedMemorySender(source, receiver, rank=0, bucket_bytes=4 * block).send(1)
+    buckets = [message.info for message in receiver.messages if isinstance(message, UpdateWeights)]
+    assert [bucket["num_bytes"] for bucket in buckets] == [4 * block, 4 * block, 2 * block, 6 * block]
+    assert {bucket["place"]["num_bytes"] for bucket in buckets} == {2 * 6 * block}
+    assert [bucket["start"] for bucket in buckets] == [0, 6 * block, 0, 6 * block]
     SharedMemorySender(source, receiver, rank=0).send(2)
-    assert len([m for m in receiver.messages if isinstance(m, UpdateWeights)]) == 3 + 1
+    assert len([m for m in receiver.messages if isinstance(m, UpdateWeights)]) == 4 + 1
+
+
+def test_the_next_bucket_is_packed_while_an_engine_takes_one() -> None:
+    exported = {name: threading.Event() for name in ("w0", "w1", "w2")}
+
+    class Watched(Weights):
+        def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in self.tensors.items():
+                exported[name].set()
+                yield name, tensor
+
+    class Slow(Receiver):
+        def send(self, message: TransferMessage) -> None:
+            if isinstance(message, UpdateWeights) and message.info["names"] == ["w0"]:
+                # A bucket is closed when the next tensor does not fit, so only the third is a sign.
+                assert exported["w2"].wait(timeout=10), "the trainer waited for the engine"
+            super().send(message)
+
+    source, engine = Watched({name: torch.randn(BLOCK_BYTES // 4) for name in exported}), Slow()
+    SharedMemorySender(source, engine, rank=0, bucket_bytes=BLOCK_BYTES).send(1)
+    assert all(torch.equal(engine.arrived[name], tensor) for name, tensor in source.tensors.items())
+
+
+class CountCopies(TorchDispatchMode):
+    """How many tensors are copied into other memory."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.copy_.default
+        return func(*args, **kwargs or {})
+
+
+def test_experts_of_a_layer_are_packed_in_bulk() -> None:
+    experts = torch.randn(8, 2, BLOCK_BYTES // 4)
+    names = [f"experts.{expert}.{half}" for expert in range(8) for half in ("gate", "up")]
+    source, receiver = (
+        Weights(dict(zip(names, experts.flatten(0, 1), strict=True)) | {"norm": torch.ones(3)}),
+        Receiver(),
+    )
+    with CountCopies() as copies:
+        SharedMemorySender(source, receiver, rank=0).send(1)
+    assert copies.count == 2
+    assert all(torch.equal(receiver.arrived[name], tensor) for name, tensor in source.tensors.items())
 
 
 def test_slices_and_transposes_arrive_as_they_look() -> None:
@@ -130,7 +172,7 @@ def test_other_ranks_take_part_in_the_export_and_say_nothing() -> None:
                 walked.append(name)
                 yield name, tensor
 
-    stats = build_sender("shared_memory", Walked(source.tensors), receiver, rank=1).send(3)
+    stats = build_sender("shared_memory", Walked(source.tensors), receiver, 1, torch.device("cpu")).send(3)
     assert (walked, receiver.messages) == (list(source.tensors), [])
     assert (stats.version, stats.num_tensors) == (3, 2)
 
@@ -149,17 +191,37 @@ def test_a_source_that_exports_other_than_it_declared_is_stopped() -> None:
     [
         ({"host": "elsewhere"}, "must share one host"),
         ({"descriptor": 4000}, "cannot open the trainer's weights"),
-        ({"checksums": [0]}, r"layer\.0: the bytes that arrived are not those that were sent"),
+        ({"num_bytes": 2**40}, "cannot open the trainer's weights"),
     ],
 )
 def test_what_cannot_be_trusted_is_refused(change: dict[str, Any], complaint: str) -> None:
     class Mangling:
         def send(self, message: TransferMessage) -> None:
             if isinstance(message, UpdateWeights):
-                read_bucket({**message.info, **change})
+                read_bucket({**message.info, "place": {**message.info["place"], **change}})
 
     with pytest.raises(WeightTransferError, match=complaint):
         SharedMemorySender(make_weights([[5]], 0), Mangling(), rank=0).send(1)
+
+
+@pytest.mark.parametrize("victim", ["first", "middle", "last"])
+def test_a_byte_that_changes_on_its_way_is_seen_and_its_tensor_named(victim: str) -> None:
+    class BadMemory(Receiver):
+        """One byte changes after the sender wrote it and before the engine reads it."""
+
+        def send(self, message: TransferMessage) -> None:
+            if isinstance(message, UpdateWeights) and victim in message.info["names"]:
+                place, offsets = message.info["place"], message.info["offsets"]
+                with Path(f"/proc/{place['pid']}/fd/{place['descriptor']}").open("r+b") as memory:
+                    memory.seek(message.info["start"] + offsets[message.info["names"].index(victim)] + 7)
+                    byte = memory.read(1)[0]
+                    memory.seek(-1, os.SEEK_CUR)
+                    memory.write(bytes([byte ^ 16]))
+            super().send(message)
+
+    source = Weights({"first": torch.randn(4), "middle": torch.randn(3, 5).bfloat16(), "last": torch.zeros(2)})
+    with pytest.raises(WeightTransferError, match=rf"^{victim}: the bytes that arrived are not those that were sent"):
+        SharedMemorySender(source, BadMemory(), rank=0).send(1)
 
 
 def test_no_memory_outlives_a_transfer_that_fails() -> None:
@@ -217,90 +279,3 @@ def test_weights_cross_processes_and_vanish_with_a_killed_sender() -> None:
     assert bucket is not None
     with pytest.raises(WeightTransferError, match="cannot open"):
         read_bucket(bucket.info)
-
-
-# The wires between GPUs need GPUs to carry anything. What can be held to vLLM's word here is how we speak with it.
-
-
-def open_with_loopback(monkeypatch: pytest.MonkeyPatch, build: Callable[[EngineClient], Any]) -> Any:
-    """Build a sender whose vLLM engine, in place of one that needs a GPU, makes the calls that vLLM's make."""
-    from vllm.distributed.weight_transfer import TrainerWeightTransferEngine, WeightTransferTrainerFactory
-
-    class Loopback(TrainerWeightTransferEngine[Any]):
-        @classmethod
-        def trainer_init(cls, init_info: Any, *, client: Any, source: Any = None) -> Loopback:
-            engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-            engine.init_info = init_info
-            engine.client.init_weight_transfer_engine({"rank_offset": 1})
-            return engine
-
-        def send_weights(self) -> None:
-            assert self.source is not None
-            pairs = list(self.source)
-            declared = [(meta.name, meta.dtype, meta.shape) for meta in self.source.metadata()]
-            assert declared == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in pairs]
-            self.client.start_weight_update()
-            names, shapes = [name for name, _ in pairs], [list(tensor.shape) for _, tensor in pairs]
-            self.client.update_weights({"names": names, "shapes": shapes})
-            self.client.finish_weight_update()
-
-    opened: list[Any] = []
-
-    def trainer_init(init_info: Any, *, client: Any, source: Any = None) -> Any:
-        opened.append(init_info)
-        return Loopback.trainer_init(init_info, client=client, source=source)
-
-    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", trainer_init)
-    messages: list[TransferMessage] = []
-
-    class Recording:
-        def send(self, message: TransferMessage) -> None:
-            messages.append(message)
-
-    sender = build(Recording())
-    assert sender.send(6).num_tensors == 2
-    assert messages == [
-        OpenTransfer({"rank_offset": 1}),
-        BeginUpdate(6),
-        UpdateWeights({"names": ["layer.0", "layer.1"], "shapes": [[2], [3, 1]]}),
-        FinishUpdate(6),
-    ]
-    sender.close()
-    return opened[0]
-
-
-def test_our_client_and_source_are_what_vllm_asks_for() -> None:
-    from vllm.distributed.weight_transfer import VLLMWeightSyncClient, WeightSource
-
-    from chatlearn.weights.vllm_transfer import MessageClient, as_vllm_source
-
-    source = make_weights([[2], [3, 1]], 0)
-    assert isinstance(MessageClient(Receiver()), VLLMWeightSyncClient)
-    adapter = as_vllm_source(source)
-    assert isinstance(adapter, WeightSource)
-    assert [name for group, _ in adapter.iter_groups() for name in group] == list(source.tensors)
-
-
-def test_ipc_is_opened_packed_with_room_for_the_largest_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = make_weights([[2], [3, 1]], 0)
-    info = open_with_loopback(monkeypatch, lambda client: build_sender("ipc", source, client, rank=0))
-    assert (info.backend, info.packed, info.is_sender) == ("ipc", True, True)
-    assert info.packed_buffer_size_bytes >= 6
-
-
-def test_nccl_is_opened_with_all_engine_ranks_behind_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = make_weights([[2], [3, 1]], 0)
-    meeting = WireMeeting("127.0.0.1", 29500, num_engine_ranks=6)
-    info = open_with_loopback(monkeypatch, lambda client: build_sender("nccl", source, client, 0, meeting))
-    assert (info.backend, info.master_address, info.master_port, info.world_size) == ("nccl", "127.0.0.1", 29500, 7)
-
-
-@pytest.mark.parametrize("wire", ["ipc", "nccl"])
-def test_vllms_messages_name_their_tensors_as_the_ledger_reads_them(wire: str) -> None:
-    from dataclasses import fields
-
-    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
-
-    update_info = {"ipc": IPCWeightTransferUpdateInfo, "nccl": NCCLWeightTransferUpdateInfo}[wire]
-    assert {"names", "shapes"} <= {field.name for field in fields(cast("Any", update_info))}

@@ -1,4 +1,4 @@
-"""Processes on a real Ray: who fails is named, streams come as they are made, and waiting can be interrupted."""
+"""Processes on a real Ray: who fails is named, and waiting can be interrupted."""
 
 from __future__ import annotations
 
@@ -35,12 +35,11 @@ class Worker:
     def variable(self, name: str) -> str | None:
         return os.environ.get(name)
 
+    def cores(self) -> set[int]:
+        return os.sched_getaffinity(0)
+
     def rank_times(self, factor: int) -> int:
         return self.seat.rank * factor
-
-    def count(self, number: int) -> Iterator[tuple[int, int]]:
-        for step in range(number):
-            yield self.seat.rank, step
 
     def raise_on(self, rank: int, error: Exception) -> None:
         if self.seat.rank == rank:
@@ -82,7 +81,7 @@ def interruption() -> Interruption:
 
 @pytest.fixture(scope="module")
 def cluster(folder: Path, interruption: Interruption) -> Iterator[Cluster]:
-    spec = ClusterSpec(address=None, demand=Demand(num_slots=2, accelerated=False, num_cpus=0), output_dir=folder)
+    spec = ClusterSpec(address=None, demand=Demand(blocks=(2,), accelerated=False, num_cpus=0), output_dir=folder)
     with Cluster.open(spec, interruption.check) as opened:
         yield opened
 
@@ -96,7 +95,8 @@ def spawned(cluster: Cluster) -> Group:
     """Two workers, each in a slot."""
     here = {"PYTHONPATH": str(Path(__file__).parent)}  # By which the actors find this module.
     slots = cluster.placement.slots
-    places = [Place(slot, 0.0, 0, 1, here | {"TOLD": f"rank {rank}"}) for rank, slot in enumerate(slots)]
+    cores = [(), (min(os.sched_getaffinity(0)),)]
+    places = [Place(slot, 0, 1, cores[rank], here | {"TOLD": f"rank {rank}"}) for rank, slot in enumerate(slots)]
     return cluster.spawn([Troupe("worker", Worker, places)])[0]
 
 
@@ -107,8 +107,8 @@ def test_answers_come_in_the_order_of_the_ranks(group: Group) -> None:
     assert group.map("variable", "TOLD") == ["rank 0", "rank 1"]
 
 
-def test_a_stream_yields_everything_from_everybody(group: Group) -> None:
-    assert sorted(group.stream("count", [(2,), (3,)])) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+def test_threads_stay_on_the_cores_of_their_seat_where_it_names_some(group: Group) -> None:
+    assert group.map("cores") == [os.sched_getaffinity(0), {min(os.sched_getaffinity(0))}]
 
 
 def test_an_exception_is_one_sentence_and_its_traceback_is_in_the_log(group: Group) -> None:
@@ -132,7 +132,7 @@ def test_the_dead_are_named_before_those_who_complain_of_it(cluster: Cluster) ->
 
 def test_an_actor_that_cannot_be_built_says_why(cluster: Cluster) -> None:
     here = {"PYTHONPATH": str(Path(__file__).parent)}
-    place = Place(cluster.placement.slots[0], 0.0, 0, 1, here)
+    place = Place(cluster.placement.slots[0], 0, 1, (), here)
     with pytest.raises(WorkerError, match=r"broken rank 0 .* failed: its start failed: .*no such thing"):
         cluster.spawn([Troupe("broken", Broken, [place])])
 
@@ -147,15 +147,13 @@ def test_too_large_a_demand_is_refused_with_the_numbers(cluster: Cluster) -> Non
     from chatlearn.cluster.placement import Placement
 
     with pytest.raises(ConfigError, match=r"needs 4 GPUs, but the Ray cluster has 0"):
-        Placement.open(Demand(num_slots=4, accelerated=True, num_cpus=0), heartbeat=ray.is_initialized)
+        Placement.open(Demand(blocks=(4,), accelerated=True, num_cpus=0), heartbeat=ray.is_initialized)
 
 
-def test_waiting_can_be_interrupted_where_it_was_said_so(
-    cluster: Cluster, group: Group, interruption: Interruption
-) -> None:
+def test_waiting_can_be_interrupted_where_it_was_said_so(group: Group, interruption: Interruption) -> None:
     interruption.requested = True
     begun = time.monotonic()
     with pytest.raises(Interrupted):
-        cluster.interruptible(group).map("sleep", 60.0)
+        Group(group.members, interruption.check).map("sleep", 60.0)
     assert time.monotonic() - begun < 10
     interruption.requested = False

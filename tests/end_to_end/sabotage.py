@@ -55,13 +55,7 @@ def harm(output: Path, run: subprocess.Popen[str], deed: Deed, chance: random.Ra
 def tensor_parallel_child(pid: int, chance: random.Random) -> int:
     """One of the workers that an engine started for its ranks."""
     children = psutil.Process(pid).children(recursive=True)
-    workers = [child.pid for child in children if "multiprocessing" in " ".join(child.cmdline())]
-    return chance.choice([pid for pid in sorted(workers) if "resource_tracker" not in command_of(pid)])
-
-
-def command_of(pid: int) -> str:
-    """How a process was started."""
-    return " ".join(psutil.Process(pid).cmdline())
+    return chance.choice(sorted(child.pid for child in children if "Worker_TP" in " ".join(child.cmdline())))
 
 
 def was_replaced(output: Path, pid: int) -> bool:

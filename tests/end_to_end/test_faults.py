@@ -31,6 +31,7 @@ def poisoned(inputs, clip):
     return inputs.logprobs * float("inf")
 """
 GONE_WITHIN_S = 10.0
+TOLD_WITHIN_S = 30.0
 AFTER_THE_STEP_S = 4.0  # A step of 32 short answers takes less than one, the evaluation that follows takes many.
 
 
@@ -97,8 +98,10 @@ def test_a_dead_rank_is_named_and_nobody_stays(launcher: Launcher, tmp_path: Pat
     everybody = descendants(run)
     victim = next(row for row in actors(tmp_path) if (row["role"], row["rank"]) == ("policy_trainer", 1))
     os.kill(victim["pid"], signal.SIGKILL)
+    killed = time.monotonic()
     ended = finish(run)
 
+    assert time.monotonic() - killed < TOLD_WITHIN_S
     assert ended.returncode == 1, ended.stderr
     assert "policy_trainer rank 1" in ended.stderr
     assert str(victim["host"]) in ended.stderr

@@ -1,4 +1,4 @@
-"""The benchmark of the GPU trainer, and the tests beside it, run where little more than torch is installed."""
+"""The benchmarks for GPUs, and the tests beside them, run where little more than torch is installed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_the_gpu_benchmark_rehearses_on_a_cpu_without_the_libraries_of_a_whole_installation() -> None:
-    tests = [ROOT / "tests" / "conftest.py", *sorted((ROOT / "tests" / "gpu").glob("*.py"))]
-    options = {"--device": "cpu", "--steps": "1", "--tokens": "64", "--micro-batches": "2"}
-    benchmark = ["benchmarks/gpu/trainer.py", "--tiny", *(word for pair in options.items() for word in pair)]
+def rehearse(benchmark: list[str], tests: list[Path]) -> str:
+    """What the benchmark prints, with ``tests`` imported before it."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, " ".join(map(str, tests)), *benchmark],
         cwd=ROOT,
@@ -34,9 +32,29 @@ def test_the_gpu_benchmark_rehearses_on_a_cpu_without_the_libraries_of_a_whole_i
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^\| (tiny\S*) \| 64 \| (\S+) \| ([\d,]+) \|", done.stdout, flags=re.MULTILINE)
+    return done.stdout
+
+
+def test_the_trainers_benchmark_rehearses_on_a_cpu_without_the_libraries_of_a_whole_installation() -> None:
+    tests = [ROOT / "tests" / "conftest.py", *sorted((ROOT / "tests" / "gpu").glob("*.py"))]
+    options = {"--device": "cpu", "--steps": "1", "--tokens": "64", "--micro-batches": "2"}
+    benchmark = ["benchmarks/gpu/trainer.py", "--tiny", *(word for pair in options.items() for word in pair)]
+    printed = rehearse(benchmark, tests)
+    rows = re.findall(r"^\| (tiny\S*) \| 64 \| (\S+) \| ([\d,]+) \|", printed, flags=re.MULTILINE)
     assert [row[:2] for row in rows] == [
         (shape, way) for shape in ("tiny", "tiny-moe") for way in ("full", "selective")
     ]
     assert all(int(tokens_per_s.replace(",", "")) > 0 for _, _, tokens_per_s in rows)
-    assert "6 x N_active x tokens" in done.stdout
+    assert "6 x N_active x tokens" in printed
+
+
+def test_the_benchmark_of_the_transfer_rehearses_too_and_sees_a_damaged_byte() -> None:
+    printed = rehearse(
+        ["benchmarks/gpu/transfer.py", "--device", "cpu", "--tiny", "--shapes", "tiny-moe", "--transfers", "1"], []
+    )
+    ((seconds, speed),) = re.findall(
+        r"^\| tiny-moe \| 69 \| 0\.001 \| 1 \| ([\d.]+) \| ([\d.]+) \|", printed, flags=re.MULTILINE
+    )
+    assert float(seconds) > 0
+    assert float(speed) > 0
+    assert re.search(r"^- tiny-moe: model\.\S+: the bytes that arrived are not", printed, flags=re.MULTILINE)

@@ -54,7 +54,8 @@ MODELS = ("policy", "policy_trainer", "ref_policy", "reward", "partial_rollout_m
 SEED_ERA = ("runtime_args.log_interval", "models.policy.max_new_tokens")
 OURS = """runtime_args.device runtime_args.seed runtime_args.advantage runtime_args.save_rollouts
 runtime_args.capsule_interval runtime_args.keep_checkpoints runtime_args.schedule runtime_args.max_staleness
-runtime_args.over_sampling_ratio runtime_args.numerics_gate runtime_args.progress_timeout_s runtime_args.resume_anyway
+runtime_args.over_sampling_ratio runtime_args.engine_timeout_s runtime_args.engine_restart_timeout_s
+runtime_args.numerics_gate runtime_args.progress_timeout_s runtime_args.resume_anyway
 runtime_args.keep_best models.policy_trainer.loss models.policy_trainer.optimizer.decay_norms_and_biases
 models.policy_trainer.optimizer.state_dtype models.policy_trainer.optimizer.keep_on_host models.reward.function
 models.reward.deadline_s

@@ -20,6 +20,7 @@ from chatlearn.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "template" / "grpo_fsdp.yaml"
 EIGHT_GPUS = Environment(gpus_per_node=8, cores=64)
+TWO_NODES = Environment(num_nodes=2, gpus_per_node=8, cores=64)
 
 
 def planned(environment: Environment, *overrides: str) -> Layout:
@@ -72,13 +73,20 @@ def test_roles_apart_add_up() -> None:
 @pytest.mark.parametrize(
     ("environment", "overrides", "message"),
     [
-        (EIGHT_GPUS, ["models.policy.num_gpu=4"], "models.policy.num_gpu=4, models.policy_trainer.num_gpu=2: "
-         "roles that share GPUs (runtime_args.colocation) need the same num_gpu"),
+        (EIGHT_GPUS, ["models.policy.num_gpu=4"],
+         "models.policy.num_gpu=4 is more than models.policy_trainer.num_gpu=2, with which it shares GPUs "
+         "(runtime_args.colocation): an engine takes its weights from a trainer rank on the same GPU; use at most 2, "
+         "or leave policy out of the list, and it has GPUs of its own"),
         (EIGHT_GPUS, ["models.policy_trainer.num_gpu=16"], "the run needs 16 GPUs (policy + policy_trainer: 16), but "
          "1 node(s) with 8 GPUs have 8; lower models.*.num_gpu, let roles share GPUs with runtime_args.colocation, "
          "or add nodes"),
-        (Environment(num_nodes=2, gpus_per_node=8), ["models.policy_trainer.num_gpu=12"],
-         "models.policy.num_gpu=12 spans several nodes and must be a multiple of GPUS_PER_NODE=8"),
+        (TWO_NODES, ["models.policy_trainer.num_gpu=16", "models.policy.tensor_model_parallel_size=16"],
+         "models.policy.tensor_model_parallel_size=16 is more than the GPUs of a node (GPUS_PER_NODE=8), and an engine "
+         "lies inside one; use 1, 2, 4 or 8"),
+        (TWO_NODES, ["models.policy_trainer.num_gpu=12", "models.policy.tensor_model_parallel_size=3"],
+         "models.policy.num_gpu=12 with tensor_model_parallel_size=3 makes 4 engines, each inside one node, and with "
+         "the other roles on 2 node(s) with 8 GPUs not all of them find 3 GPUs beside each other; use a size that "
+         "divides the GPUs of a node (1, 2, 4 or 8), lower num_gpu, or add nodes"),
         (Environment(), ["runtime_args.device=cuda"], "runtime_args.device=cuda needs GPUs and this machine shows "
          "none; set runtime_args.device=cpu, or GPUS_PER_NODE to plan for another machine with --dry-run"),
     ],
@@ -93,6 +101,48 @@ def test_on_the_cpu_ranks_need_not_be_equal() -> None:
     layout = planned(Environment(cores=4), "models.policy.num_gpu=1", "models.policy_trainer.num_gpu=3")
     assert layout.device_kind == "cpu"
     assert layout.trainer.cores_per_process == 1
+
+
+def with_schedule(schedule: str, environment: Environment, *overrides: str) -> Layout:
+    config = read_config(TEMPLATE, overrides)
+    runtime = config.runtime_args.model_copy(update={"schedule": schedule})
+    return layout_of(config.model_copy(update={"runtime_args": runtime}), environment)
+
+
+def test_who_works_at_the_same_time_divides_the_cores_and_who_takes_turns_has_them_all() -> None:
+    ranks = ("models.policy.num_gpu=2", "models.policy_trainer.num_gpu=3", "models.policy_trainer.kl_coef=0.1")
+    machine = Environment(cores=13)
+    turns, overlap = with_schedule("sync", machine, *ranks), with_schedule("async", machine, *ranks)
+    assert (turns.policy.cores_per_process, turns.trainer.cores_per_process) == (6, 4)
+    assert (overlap.policy.cores_per_process, overlap.trainer.cores_per_process) == (3, 2)
+    assert overlap.reference is not None
+    assert overlap.reference.cores_per_process == 2, "it takes turns with the trainer"
+    split = overlap.share_cores(range(13))
+    assert (split.learners, split.engines) == (tuple(range(6)), tuple(range(6, 13)))
+    assert turns.share_cores(range(13)).engines == turns.share_cores(range(13)).learners == tuple(range(13))
+    assert with_schedule("async", Environment(cores=1)).trainer.cores_per_process == 1
+
+
+def test_engines_that_never_rest_cannot_share_gpus() -> None:
+    with pytest.raises(ConfigError) as caught:
+        with_schedule("one_step_off", EIGHT_GPUS)
+    assert caught.value.problems == (
+        "runtime_args.schedule=one_step_off keeps the engines busy while others compute, so policy cannot share the "
+        "GPUs of policy_trainer (runtime_args.colocation): leave policy out of the list, or use schedule=sync",
+    )
+    assert with_schedule("one_step_off", EIGHT_GPUS, "runtime_args.colocation=[]").overlaps
+
+
+def test_a_gpus_part_of_the_cores_is_that_of_everybody_on_it() -> None:
+    apart = planned(EIGHT_GPUS, "runtime_args.colocation=[]", "models.policy.num_gpu=6")
+    assert (apart.policy.cores_per_process, apart.trainer.cores_per_process) == (8, 8)
+
+
+def test_a_base_that_is_the_reference_takes_no_devices() -> None:
+    adapter = ("models.policy_trainer.kl_coef=0.1", "models.policy_trainer.lora.rank=8")
+    adapter += ("runtime_args.colocation=[policy,policy_trainer]",)
+    assert planned(EIGHT_GPUS, *adapter).num_devices == 2
+    assert planned(EIGHT_GPUS, *adapter, "models.ref_policy.load=another").num_devices == 4
 
 
 def test_auto_takes_gpus_where_the_launcher_tells_of_them() -> None:
@@ -128,6 +178,7 @@ def test_choices_name_divisors_near_the_wrong_number() -> None:
 def test_the_summary_speaks_of_every_group() -> None:
     rows = dict(summary_rows(planned(EIGHT_GPUS, "models.policy_trainer.num_gpu=8")))
     assert rows["policy + policy_trainer"] == "8 GPUs"
+    assert rows["from each node"] == "8"
     assert rows["reference model"] == "none (kl_coef is 0)"
     assert rows["engines"] == "8 with tensor parallel size 1"
 

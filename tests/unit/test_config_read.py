@@ -79,14 +79,14 @@ def test_all_mistakes_are_reported_at_once(file: Path) -> None:
         "models.policy_trainer.num_gpus=4",
         "runtime_args.num_episode=abc",
         "models.policy.tensor_model_parallel_size=3",
-        "runtime_args.use_partial_rollout=True",
+        "runtime_args.raw_chat=True",
         "models.policy.gpu_memory_utilization=1.5",
         "nonsense",
     )
     assert said == (
         "'nonsense' is not an override; write key=value, for example runtime_args.num_episode=10",
         "unknown key models.policy_trainer.num_gpus; did you mean models.policy_trainer.num_gpu?",
-        "runtime_args.use_partial_rollout=True is refused: partial rollout is not supported in this version; "
+        "runtime_args.raw_chat=True is refused: untemplated prompts (agent tasks) are not supported in this version; "
         "remove it or use False",
         "runtime_args.num_episode=abc must be a whole number, not text",
         "models.policy.gpu_memory_utilization=1.5 must be at most 1.0",

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
 import numpy as np
 import pytest
 
 from chatlearn.algorithm.advantage import ADVANTAGES
-from chatlearn.episode import compare, to_sample
+from chatlearn.cluster.engine_client import Delivery
+from chatlearn.episode import compare, publish, to_sample
 from chatlearn.records import Completion, Graded, Prompt, Rollout, Score, VersionRun
+from chatlearn.weights.wire import TransferStats
 
 PROMPT = Prompt("0_0", np.array([5, 6, 7], np.int32), "?", "source", "1")
 GRPO = ADVANTAGES["grpo"]
@@ -52,3 +59,43 @@ def test_a_group_that_could_not_be_graded_at_all_is_left_out(name: str) -> None:
     samples = compare(graded(Score(0.0, error="deadline"), Score(0.0, error="deadline")), ADVANTAGES[name])
     assert len(samples) == 2
     assert not any(sample.loss_mask.any() for sample in samples)
+
+
+class Diary:
+    """Stands for engines and trainer, and writes down in which order they are asked."""
+
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+        self.current_version: int | None = None
+
+    def wake(self, part: str) -> None:
+        self.entries.append(f"wake {part}")
+
+    @contextmanager
+    def weights_resident(self) -> Generator[None]:
+        self.entries.append("bring")
+        yield
+        self.entries.append("send home")
+
+    def send_weights(self, version: int) -> Delivery:
+        self.entries.append(f"send {version}")
+        return Delivery(TransferStats(version, 1, 4, 0.1), lost=((1, 77),))
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        self.entries.append("hold")
+        yield
+        self.entries.append("let go")
+
+    def lose(self, lost: Sequence[tuple[int, int]]) -> None:
+        self.entries.append(f"lose {list(lost)}, weights at hand: {self.current_version}")
+
+
+def test_engines_take_the_memory_of_their_cache_only_when_the_trainer_has_left() -> None:
+    """Weights travel while both are there; cache and trainer together would not fit where the two share a GPU."""
+    diary = Diary()
+    publish(cast("Any", SimpleNamespace(policy=diary, trainer=diary)), version=3)
+    assert diary.entries == [
+        "hold", "wake weights", "bring", "send 3", "send home", "lose [(1, 77)], weights at hand: 3", "wake kv_cache",
+        "let go",
+    ]  # fmt: skip

@@ -191,12 +191,14 @@ class Carried:
     version: int
     num_bytes: int
     seconds: float
+    checksum_s: float = 0.25
 
 
 def test_transfer_speed_is_in_gigabytes() -> None:
     assert describe_transfer(Carried(version=7, num_bytes=3_000_000_000, seconds=2.0)) == {
         "sync/version": 7.0,
         "sync/seconds": 2.0,
+        "sync/checksum_seconds": 0.25,
         "sync/gigabytes_per_s": 1.5,
     }
     assert "sync/gigabytes_per_s" not in describe_transfer(Carried(version=7, num_bytes=1, seconds=0.0))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-
-import pytest
 
 from chatlearn import specs
 from chatlearn.cluster.crew import Blueprint
@@ -17,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "embedded" / "tiny_qwen3"
 DESCRIBED = read_configuration("models.policy_trainer.load", MODEL, trust_remote_code=False)
 GPU_NODE = Environment(gpus_per_node=8, cores=64)
+TWO_GPU_NODES = Environment(num_nodes=2, gpus_per_node=4, cores=64)
 
 
 def blueprint(*overrides: str, environment: Environment, one_host: bool = False) -> Blueprint:
@@ -43,8 +43,6 @@ def test_colocated_roles_share_the_same_slots_and_engines_span_theirs() -> None:
     assert plan.trainer.sharded.plan.slots == tuple((slot,) for slot in range(8))
     assert plan.reference is not None
     assert plan.reference.plan.slots == plan.trainer.sharded.plan.slots
-    shares = [plan.policy.plan.device_share, plan.trainer.sharded.plan.device_share, plan.reference.plan.device_share]
-    assert sum(shares) == pytest.approx(1.0)
 
 
 def test_colocated_roles_take_turns_with_what_the_keys_say() -> None:
@@ -68,6 +66,43 @@ def test_roles_apart_have_slots_of_their_own_and_speak_nccl() -> None:
     assert not plan.takes_turns
     assert not plan.policy.gives_way
     assert plan.policy.wire == "nccl"
+
+
+def test_a_smaller_policy_wakes_beside_some_of_the_trainer_and_hands_over_by_ipc() -> None:
+    plan = blueprint(*EIGHT_GPUS, "models.policy.num_gpu=4", environment=TWO_GPU_NODES)
+    assert plan.policy.plan.slots == ((0, 1), (4, 5)), "one engine on each node of the trainer"
+    assert (plan.policy.wire, plan.policy.gives_way, plan.trainer.sharded.luggage.weights) == ("ipc", True, True)
+
+
+def test_whoever_shares_moves_and_whoever_does_not_stays() -> None:
+    """Models that score share GPUs with the trainer; the engines, elsewhere, need not sleep for it."""
+    apart = (*EIGHT_GPUS, "models.policy.num_gpu=4", "models.policy_trainer.num_gpu=4")
+    plan = blueprint(*apart, "runtime_args.colocation=[policy_trainer,ref_policy]", environment=GPU_NODE)
+    assert plan.trainer.sharded.luggage.weights
+    assert not plan.takes_turns
+    assert not plan.policy.gives_way
+    plan = blueprint(*apart, "runtime_args.colocation=[policy,ref_policy]", environment=GPU_NODE)
+    assert plan.policy.gives_way, "for the reference model"
+    assert plan.takes_turns
+    assert plan.policy.wire == "nccl"
+    assert not plan.trainer.sharded.luggage.weights
+
+
+def test_an_overlapped_schedule_binds_engines_and_ranks_to_cores_of_their_own() -> None:
+    config = read_config(ROOT / "template" / "quickstart.yaml", [f"models.policy_trainer.load={MODEL}"])
+    runtime = config.runtime_args.model_copy(update={"schedule": "one_step_off"})
+    overlapped = config.model_copy(update={"runtime_args": runtime})
+    cores = sorted(os.sched_getaffinity(0))
+    machine = Environment(cores=len(cores))
+    plan = specs.blueprint(overlapped, layout_of(overlapped, machine), one_host=True)
+    engines = [core for spec in plan.policy.replicas for core in spec.cpu_cores]
+    assert sorted({*engines, *plan.trainer.sharded.plan.cores}) == cores
+    assert len(cores) == 1 or not set(engines) & set(plan.trainer.sharded.plan.cores)
+    in_turns = specs.blueprint(config, layout_of(config, machine), one_host=True)
+    assert in_turns.trainer.sharded.plan.cores == ()
+    assert in_turns.policy.replicas[0].cpu_cores == tuple(cores)
+    joined = specs.blueprint(overlapped, layout_of(overlapped, machine), one_host=False)
+    assert joined.trainer.sharded.plan.cores == (), "of other machines we do not know which cores are ours"
 
 
 def test_on_the_cpu_nothing_moves_and_cores_are_dealt_out() -> None:
