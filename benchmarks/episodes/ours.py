@@ -31,8 +31,9 @@ NUM_LAST = 1
 
 SCHEDULES: Final[Mapping[str, tuple[str, ...]]] = {
     "sync": (),
-    "one_step_off": ("runtime_args.schedule=one_step_off",),
-    "async": ("runtime_args.schedule=async",),
+    # Where engines and trainer work side by side each has one of the two cores.
+    "one_step_off": ("runtime_args.schedule=one_step_off", "models.policy_trainer.num_gpu=1"),
+    "async": ("runtime_args.schedule=async", "models.policy_trainer.num_gpu=1"),
     "partial rollout": (
         "runtime_args.use_partial_rollout=True",
         "models.partial_rollout_manager.mini_response_per_prompt=3",
