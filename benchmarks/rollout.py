@@ -1,94 +1,119 @@
-"""How fast an engine starts, samples and takes new weights: python benchmarks/rollout.py --cores 0 --requests 256.
+"""What rollouts, transfer and schedules cost beside bare vLLM, a plain copy and TRL: one set of tables, on a CPU.
 
-The process starts itself once more with the environment that an engine needs. Prints one JSON object.
+    python benchmarks/rollout.py [--episodes 5] [--rounds 1] [--trl FOLDER] [--output FILE]
+
+(a) Generated tokens per second from prompts to graded answers against ``vllm.LLM.generate`` with the same requests;
+(b) transfer of weights against a copy of the same bytes; (c) the schedules on long-tailed lengths; (d) whole episodes
+against TRL 1.16; (e) an episode against the sum of its bare parts. Ours are whole runs of the real command; the others
+are programs in ``benchmarks/episodes``, where the work is written down too. What is compared runs one after the other
+within a round, and ratios are medians over rounds. Nothing else should run on the machine.
+
+TRL need not stay: ``pip install --no-deps --target FOLDER trl==1.16.0 datasets pandas multiprocess xxhash`` and what
+they miss; without ``--trl`` part (d) is left out.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from chatlearn.rollout.engine import EngineSpec, Request, RolloutEngine, SamplingPlan, build_engine
-from chatlearn.rollout.environment import engine_environment
-from chatlearn.rollout.prove import OneEngine, prove_weight_transfer
-from chatlearn.weights.checkpoint_source import CheckpointSource, expected_tensors
-from chatlearn.weights.shared_memory import SharedMemorySender
+import argparse
+import os
+import platform
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
 
-EMBEDDED = Path(__file__).parents[1] / "embedded" / "tiny_qwen3"
-IN_CHILD = "CHATLEARN_BENCHMARK_CHILD"
-NUM_TRANSFERS = 10
+from benchmarks.episodes import ours
+from benchmarks.episodes.children import Others
+from benchmarks.episodes.report import Round, Side, tables
+from benchmarks.episodes.work import (
+    LENGTHS,
+    LONG,
+    NUM_ANSWERS,
+    NUM_PROMPTS,
+    NUM_THREADS,
+    SHORT,
+    Lengths,
+    write_questions,
+)
 
+RESULTS = Path(__file__).parent / "results" / "rollout_cpu.md"
 
-@dataclass(frozen=True)
-class Speed:
-    """Tokens that were generated in one batch, and how many of them a second."""
-
-    num_tokens: int
-    tokens_per_s: float
-
-
-def sample(engine: RolloutEngine, vocabulary: int, num_requests: int, max_tokens: int) -> Speed:
-    """Answer nonsense prompts of 32 tokens; few of them end by themselves."""
-    prompts = np.random.default_rng(0).integers(vocabulary, size=(num_requests, 32), dtype=np.int32)
-    started = time.perf_counter()
-    engine.submit(
-        [Request(str(index), prompt) for index, prompt in enumerate(prompts)],
-        SamplingPlan(max_tokens=max_tokens, seed=0),
-    )
-    num_tokens = sum(len(finished.completion.token_ids) for finished in engine.completions())
-    return Speed(num_tokens, num_tokens / (time.perf_counter() - started))
+# Partial rollout is for long answers; short ones end in their first round.
+SCHEDULES = {LONG.name: tuple(ours.SCHEDULES), SHORT.name: ("sync", "one_step_off", "async")}
 
 
-def measure(spec: EngineSpec, engine_name: str, num_requests: int, max_tokens: int) -> dict[str, float]:
-    """Everything worth knowing about one engine."""
-    started = time.perf_counter()
-    engine = build_engine(engine_name, spec)
-    start_s = time.perf_counter() - started
-    vocabulary = expected_tensors(spec.model_path)["model.embed_tokens.weight"][0]
-    started = time.perf_counter()
-    sample(engine, vocabulary, 1, 2)
-    first_s = time.perf_counter() - started
-    started = time.perf_counter()
-    prove_weight_transfer(engine, spec.model_path, tolerance=1e-4)
-    proof_s = time.perf_counter() - started
-    sender = SharedMemorySender(CheckpointSource(spec.model_path), OneEngine(engine), rank=0)
-    transfers = [sender.send(version).seconds for version in range(NUM_TRANSFERS)]
-    speeds = [sample(engine, vocabulary, num_requests, max_tokens) for _ in range(3)]
-    engine.close()
-    return {
-        "start_s": start_s,
-        "first_generation_s": first_s,
-        "proof_s": proof_s,
-        "transfer_s": float(np.median(transfers)),
-        "num_tokens": speeds[0].num_tokens,
-        "tokens_per_s": float(np.median([speed.tokens_per_s for speed in speeds])),
-    }
+def measure(others: Others, folder: Path, lengths: Lengths, num_episodes: int) -> Side:
+    """Everything about one kind of lengths, one after the other."""
+    say(f"{lengths.name} lengths: bare generation")
+    generation_s = others.generation(lengths)
+    runs: dict[str, ours.Run] = {}
+    for schedule in SCHEDULES[lengths.name]:
+        say(f"{lengths.name} lengths: a run, {schedule}")
+        with tempfile.TemporaryDirectory(dir=folder) as output:
+            runs[schedule] = ours.run(others.questions, Path(output), lengths, schedule, num_episodes)
+    say(f"{lengths.name} lengths: bare forward and backward")
+    training_s = others.training(lengths)
+    peer_s: list[float] = []
+    if others.trl is not None:
+        say(f"{lengths.name} lengths: TRL")
+        peer_s = others.peer(lengths)
+    return Side(runs, generation_s, training_s, peer_s)
+
+
+def say(text: str) -> None:
+    """Tell who waits what goes on."""
+    print(f"{datetime.now(UTC):%H:%M:%S} {text}, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
+
+
+def introduction(options: argparse.Namespace, rounds: Sequence[Round]) -> list[str]:
+    """What was measured, on what."""
+    packages = ["torch", "transformers", "ray"]
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    trl = "" if options.trl is None else " --trl FOLDER"
+    lines = [
+        "# The rollout on a CPU",
+        "",
+        f"`python benchmarks/rollout.py --episodes {options.episodes} --rounds {options.rounds}{trl}`",
+        "",
+        f"- date: {datetime.now(UTC):%Y-%m-%d}",
+        f"- hardware: {platform.machine()}, {os.cpu_count()} cores, {NUM_THREADS} in use by each side",
+        f"- versions: Python {platform.python_version()}, {versions}",
+        f"- an episode: {NUM_PROMPTS} prompts, {NUM_ANSWERS} answers to each, one optimizer step",
+    ]
+    for lengths in LENGTHS.values():
+        tokens = lengths.tokens()
+        lines.append(
+            f"- {lengths.name} lengths: {min(tokens)} to {max(tokens)} tokens, mean {sum(tokens) / len(tokens):.0f}"
+        )
+    lines.append(f"- ratios are medians over {len(rounds)} round(s) of medians over {options.episodes} episodes")
+    return [*lines, ""]
 
 
 def main() -> None:
-    """Measure in a process that was started as an engine's must be."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engine", default="vllm")
-    parser.add_argument("--model", default=str(EMBEDDED))
-    parser.add_argument("--cores", default="0", help="comma separated")
-    parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=64)
+    """Measure everything and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=5, help="of each run, and repetitions of the other sides")
+    parser.add_argument("--rounds", type=int, default=1, help="how often everything is measured")
+    parser.add_argument("--trl", type=Path, help="the folder that TRL 1.16 is installed in")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    cores = tuple(int(core) for core in options.cores.split(","))
-    spec = EngineSpec(options.model, max_model_len=512, cpu_cores=cores, tensor_parallel_size=options.tensor_parallel)
-    if IN_CHILD not in os.environ:
-        environment = os.environ | engine_environment(spec) | {IN_CHILD: "1"}
-        sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode)
-    print(json.dumps(measure(spec, options.engine, options.requests, options.tokens)))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        others = Others(write_questions(folder), options.episodes, options.trl)
+        moved = others.transfer()
+        rounds: list[Round] = [
+            {name: measure(others, folder, lengths, options.episodes) for name, lengths in LENGTHS.items()}
+            for _ in range(options.rounds)
+        ]
+    text = "\n".join([*introduction(options, rounds), tables(rounds, moved, has_peer=options.trl is not None)])
+    print(text)
+    options.output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
