@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly BIN=.venv/bin
+# Two workers, each with whole files: much of the time is spent in waiting for processes that start.
 # The suite should take 12 minutes on 2 cores and is cut off where it takes twice that; one test that hangs is cut off, with
 # every thread's stack, after 5.
 readonly SUITE_LIMIT_S=1440 TEST_LIMIT_S=300
@@ -24,4 +25,4 @@ step "import contracts" "$BIN/lint-imports" --no-cache
 step "types" "$BIN/basedpyright"
 step "docs/config.md follows the schema" "$BIN/python" -m chatlearn.config.describe --check docs/config.md
 step "tests" timeout --signal=INT --kill-after=30 "$SUITE_LIMIT_S" \
-    "$BIN/python" -m pytest -m "not gpu" --timeout "$TEST_LIMIT_S" "$@"
+    "$BIN/python" -m pytest -m "not gpu" -n 2 --dist loadfile --timeout "$TEST_LIMIT_S" "$@"
