@@ -9,6 +9,7 @@ from runs import Launcher, finish, metrics
 from sabotage import Deed, harm, miscounted
 
 NUM_PROMPTS, NUM_COMPLETIONS = 32, 8
+LONGEST_TEST_S = 900  # Engines start again and again, which on a busy machine takes its time.
 QUIET = (
     f"runtime_args.sample_per_episode={NUM_PROMPTS * NUM_COMPLETIONS}",
     f"runtime_args.train_global_batch_size={NUM_PROMPTS * NUM_COMPLETIONS}",
@@ -46,6 +47,7 @@ TENSOR_PARALLEL = (
 )
 
 
+@pytest.mark.timeout(LONGEST_TEST_S)
 def test_engines_and_graders_that_die_or_hang_are_replaced(launcher: Launcher, tmp_path: Path) -> None:
     num_episodes, chance = 14, random.Random(4)
     (tmp_path / "mad.py").write_text(MAD_ENGINE)
@@ -65,6 +67,7 @@ def test_engines_and_graders_that_die_or_hang_are_replaced(launcher: Launcher, t
     assert max(numbers["numerics/rollout_logprob_diff_mean"] for numbers in metrics(output).values()) < 1e-5
 
 
+@pytest.mark.timeout(LONGEST_TEST_S)
 def test_an_engine_that_loses_one_of_its_processes_is_replaced_whole(launcher: Launcher, tmp_path: Path) -> None:
     """A single engine, and vLLM itself: what it had not answered waits for its successor."""
     num_episodes, chance = 7, random.Random(5)
