@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
 from runs import Launcher, finish, metrics
 from sabotage import Deed, harm, miscounted
 
