@@ -50,25 +50,26 @@ SCHEDULES = {LONG.name: tuple(ours.SCHEDULES), SHORT.name: ("sync", "one_step_of
 
 def measure(others: Others, folder: Path, lengths: Lengths, num_episodes: int) -> Side:
     """Everything about one kind of lengths, one after the other."""
-    say(f"{lengths.name} lengths: bare generation")
-    generation_s = others.generation(lengths)
+    generation_s = said(lengths, "bare generation", others.generation(lengths))
     runs: dict[str, ours.Run] = {}
     for schedule in SCHEDULES[lengths.name]:
-        say(f"{lengths.name} lengths: a run, {schedule}")
         with tempfile.TemporaryDirectory(dir=folder) as output:
-            runs[schedule] = ours.run(others.questions, Path(output), lengths, schedule, num_episodes)
-    say(f"{lengths.name} lengths: bare forward and backward")
-    training_s = others.training(lengths)
-    peer_s: list[float] = []
-    if others.trl is not None:
-        say(f"{lengths.name} lengths: TRL")
-        peer_s = others.peer(lengths)
+            run = ours.run(others.questions, Path(output), lengths, schedule, num_episodes)
+        runs[schedule] = run
+        said(lengths, f"ours, {schedule}", [one.wall_s for one in run.episodes])
+    training_s = said(lengths, "bare forward and backward", others.training(lengths))
+    peer_s = [] if others.trl is None else said(lengths, "TRL", others.peer(lengths))
     return Side(runs, generation_s, training_s, peer_s)
 
 
-def say(text: str) -> None:
-    """Tell who waits what goes on."""
-    print(f"{datetime.now(UTC):%H:%M:%S} {text}, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
+def said(lengths: Lengths, what: str, seconds: list[float]) -> list[float]:
+    """Tell who waits what was measured, and how busy the machine was."""
+    figures = " ".join(f"{one:.2f}" for one in seconds)
+    print(
+        f"{datetime.now(UTC):%H:%M:%S} {lengths.name}, {what}: {figures} s; load {os.getloadavg()[0]:.1f}",
+        file=sys.stderr,
+    )
+    return seconds
 
 
 def introduction(options: argparse.Namespace, rounds: Sequence[Round]) -> list[str]:

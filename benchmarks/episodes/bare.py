@@ -38,7 +38,7 @@ from chatlearn.rollout.vllm_engine import sampling_params
 
 # Sequences in one forward and backward pass, of neighbours in length: the fastest of 1, 2, 4, 8, 16 and 32 here.
 NUM_ROWS = 16
-CACHE_GIB = "1"
+CACHE_BYTES = 2**30  # All sequences fit.
 
 
 def prompts(questions: Path) -> list[list[int]]:
@@ -62,6 +62,7 @@ def generate(questions: Path, lengths: Lengths, answers: Path, repetitions: int)
         dtype="float32",
         max_model_len=MAX_PROMPT_TOKENS + lengths.limit,
         max_num_seqs=256,
+        kv_cache_memory_bytes=CACHE_BYTES,
         disable_log_stats=True,
         logprobs_mode="processed_logprobs",
         generation_config="vllm",

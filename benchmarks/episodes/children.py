@@ -44,10 +44,15 @@ class Others:
         return _ask("bare.py", ["train", *self._work(lengths), *self._answers(lengths)], environment)
 
     def peer(self, lengths: Lengths) -> list[float]:
-        """Seconds of a step of TRL."""
+        """Seconds of a step of TRL.
+
+        Its threads spin while they wait, as is torch's default: one process on a quiet machine is twice as fast so.
+        """
         assert self.trl is not None, "asked only where TRL is there"
         environment = {
-            **device.worker_environment("cpu", NUM_THREADS),
+            "OMP_NUM_THREADS": str(NUM_THREADS),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": os.pathsep.join([str(self.trl), str(ROOT)]),
         }
         return _ask("peer.py", self._work(lengths), environment)
