@@ -88,7 +88,8 @@ def test_tables_hold_each_ratio_against_its_bound() -> None:
     rounds = [{name: side(speed) for name in LENGTHS} for speed in (1.0, 2.0, 4.0)]
     lines = tables(rounds, Moved(10**9, [0.5, 0.5], [0.25, 0.25]), has_peer=True).splitlines()
     speed = f"{sum(LONG.tokens()) / 2:,.0f}"
-    assert f"| {LONG.name} | {speed} | {speed} | 1.00 | 0.95 |" in lines
+    assert f"| {LONG.name} | sync | {speed} | {speed} | 1.00 | 0.95 |" in lines
+    assert f"| {LONG.name} | sync, one engine | {speed} | {sum(LONG.tokens()) / 4:,.0f} | 2.00 | 0.95 |" in lines
     assert "| 1000 MB, one engine in the sender's process | 500.0 | 2.00 | 4.00 | 0.500 |" in lines
     assert "| async | 2.00 | 1.00 | 50 % | 75 % |" in lines
     assert f"| {LONG.name} | sync | 2.00 | 8.00 | 4.00 | 1.8 |" in lines
@@ -97,7 +98,7 @@ def test_tables_hold_each_ratio_against_its_bound() -> None:
 
 
 def side(speed: float) -> Side:
-    """Episodes of 4 s in which answers take 2 s; bare generation takes 2 s, bare training 1 s, the peer 8 s."""
+    """Episodes of 4 s in which answers take 2 s; bare generation takes 2 s or 4 s, bare training 1 s, the peer 8 s."""
     episode = Episode(
         wall_s=4 / speed,
         rollout_s=1.5,
@@ -110,4 +111,4 @@ def side(speed: float) -> Side:
         transfer_gb_per_s=0.1,
     )
     runs = {schedule: Run(LONG, (episode,) * 3) for schedule in SCHEDULES}
-    return Side(runs, [2.0], [1.0], [8.0])
+    return Side(runs, {1: [2.0], 2: [4.0]}, [1.0], [8.0])
