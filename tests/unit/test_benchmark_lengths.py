@@ -32,9 +32,9 @@ ROOT = Path(__file__).parents[2]
 PROMPT = np.array([5, 6, 7], np.int32)
 
 
-def completion(num_tokens: int, first: int = 0) -> Completion:
+def completion(num_tokens: int) -> Completion:
     """An answer that was cut off."""
-    tokens = np.arange(first, first + num_tokens, dtype=np.int32)
+    tokens = np.arange(num_tokens, dtype=np.int32)
     return Completion(tokens, np.zeros(num_tokens, np.float32), "", "length", (VersionRun(1, num_tokens),))
 
 
@@ -55,15 +55,15 @@ def test_an_answer_gets_the_length_of_its_place_over_and_over() -> None:
     assert book.begin(Request("probe.3", PROMPT)) is None
 
 
-def test_an_answer_that_goes_on_keeps_its_length_under_another_number() -> None:
-    book = LengthBook([100, 50])
-    assert [book.begin(Request(name, PROMPT)) for name in ("0.0", "0.1")] == [100, 50]
+def test_an_answer_that_goes_on_gets_a_length_above_what_it_has_from_any_engine() -> None:
+    book = LengthBook([100, 30, 50])
+    assert [book.begin(Request(name, PROMPT)) for name in ("0.0", "0.1")] == [100, 30]
     cut = book.end("0.0", completion(40))
     assert cut.finish_reason == "length"
-    assert book.end("0.1", completion(50, first=200)).finish_reason == "stop"
-    assert book.begin(Request("1.1", PROMPT, begun=cut)) == 100
-    assert book.end("1.1", completion(100)).finish_reason == "stop"
-    assert book.begin(Request("2.1", PROMPT, begun=cut)) == 50, "an answer goes on once"
+    assert book.end("0.1", completion(30)).finish_reason == "stop"
+    other = LengthBook([100, 30, 50])
+    assert [other.begin(Request(name, PROMPT, begun=cut)) for name in ("1.0", "1.1")] == [100, 50]
+    assert other.end("1.1", completion(50)).finish_reason == "stop"
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
