@@ -45,12 +45,15 @@ from benchmarks.episodes.work import (
 RESULTS = Path(__file__).parent / "results" / "rollout_cpu.md"
 
 # Partial rollout is for long answers; short ones end in their first round.
-SCHEDULES = {LONG.name: tuple(ours.SCHEDULES), SHORT.name: ("sync", "one_step_off", "async")}
+SCHEDULES = {LONG.name: tuple(ours.SCHEDULES), SHORT.name: ("sync", ours.ONE_ENGINE, "one_step_off", "async")}
 
 
 def measure(others: Others, folder: Path, lengths: Lengths, num_episodes: int) -> Side:
     """Everything about one kind of lengths, one after the other."""
-    generation_s = said(lengths, "bare generation", others.generation(lengths))
+    generation_s = {
+        num_threads: said(lengths, f"bare generation, {num_threads} threads", others.generation(lengths, num_threads))
+        for num_threads in range(1, NUM_THREADS + 1)
+    }
     runs: dict[str, ours.Run] = {}
     for schedule in SCHEDULES[lengths.name]:
         with tempfile.TemporaryDirectory(dir=folder) as output:

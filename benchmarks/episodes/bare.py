@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import os
 import time
 from itertools import cycle
 
@@ -120,7 +119,6 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args()
     if options.part == "generate":
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_THREADS])
         seconds = generate(options.questions, LENGTHS[options.lengths], options.answers, options.repetitions)
     else:
         seconds = train(options.questions, options.answers, options.repetitions)

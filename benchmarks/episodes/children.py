@@ -31,11 +31,11 @@ class Others:
     repetitions: int
     trl: Path | None
 
-    def generation(self, lengths: Lengths) -> list[float]:
-        """Seconds of ``vllm.LLM.generate``, in the environment of an engine of ours."""
-        cores = tuple(sorted(os.sched_getaffinity(0))[:NUM_THREADS])
+    def generation(self, lengths: Lengths, num_threads: int) -> list[float]:
+        """Seconds of ``vllm.LLM.generate``, in the environment of an engine of ours with so many cores."""
+        cores = tuple(sorted(os.sched_getaffinity(0))[:num_threads])
         spec = EngineSpec(str(MODEL), max_model_len=lengths.limit, cpu_cores=cores)
-        environment = device.worker_environment("cpu", NUM_THREADS) | engine_environment(spec)
+        environment = device.worker_environment("cpu", num_threads) | engine_environment(spec)
         return _ask("bare.py", ["generate", *self._work(lengths), *self._answers(lengths)], environment)
 
     def training(self, lengths: Lengths) -> list[float]:

@@ -6,7 +6,7 @@ Named in ``runtime_args.rollout_backend``, so that whole runs do work that is kn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from benchmarks.episodes.work import LONG, NUM_ANSWERS, SHORT, Lengths
@@ -19,43 +19,34 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
 
 
-@dataclass(frozen=True, eq=False)
-class Promise:
-    """A request that is being answered, and the length its whole answer shall have."""
-
-    request: Request
-    length: int
-
-
 class LengthBook:
-    """Which answer has which length. An answer that goes on in a later round keeps the one it began with."""
+    """Which answer has which length.
+
+    Rounds number their requests anew, and any engine may go on with an answer: one that is begun gets a length of the
+    list among those that are longer, so that all lengths together are distributed like the list.
+    """
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self._lengths = tuple(lengths)
-        self._promises: dict[str, Promise] = {}
-        # Rounds number their requests anew; an answer is known by its tokens.
-        self._unfinished: dict[bytes, int] = {}
+        self._promised: dict[str, int] = {}
 
     def begin(self, request: Request) -> int | None:
         """The length that the whole answer shall have; ``None`` for what is no answer of a run, such as a probe."""
         group, _, answer = request.request_id.partition(".")
         if not group.isdigit():
             return None
-        index = int(group) * NUM_ANSWERS + int(answer)
-        length = self._unfinished.pop(request.known_token_ids().tobytes(), self._lengths[index % len(self._lengths)])
-        self._promises[request.request_id] = Promise(request, length)
+        num_begun = 0 if request.begun is None else len(request.begun.token_ids)
+        longer = [length for length in self._lengths if length > num_begun]
+        length = longer[(int(group) * NUM_ANSWERS + int(answer)) % len(longer)]
+        self._promised[request.request_id] = length
         return length
 
     def end(self, request_id: str, completion: Completion) -> Completion:
         """The answer as it would have ended by itself, if it has its length."""
-        promise = self._promises.pop(request_id, None)
-        if promise is None:
+        length = self._promised.pop(request_id, None)
+        if length is None or len(completion.token_ids) < length:
             return completion
-        if len(completion.token_ids) >= promise.length:
-            return replace(completion, finish_reason="stop")
-        so_far = replace(promise.request, begun=completion)
-        self._unfinished[so_far.known_token_ids().tobytes()] = promise.length
-        return completion
+        return replace(completion, finish_reason="stop")
 
 
 class ForcedLengthEngine(VllmEngine):

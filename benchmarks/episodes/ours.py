@@ -29,12 +29,18 @@ ENGINES: Final = {"long-tailed": "LongTailedEngine", "short": "ShortEngine"}
 NUM_FIRST = 2
 NUM_LAST = 1
 
+# Two engines with a core each are faster than one with both: what a token costs of so small a model is mostly waiting.
+TWO_ENGINES = "models.policy.num_gpu=2"
+ONE_ENGINE = "sync, one engine"
+
 SCHEDULES: Final[Mapping[str, tuple[str, ...]]] = {
-    "sync": (),
+    "sync": (TWO_ENGINES,),
+    ONE_ENGINE: (),
     # Where engines and trainer work side by side each has one of the two cores.
     "one_step_off": ("runtime_args.schedule=one_step_off", "models.policy_trainer.num_gpu=1"),
     "async": ("runtime_args.schedule=async", "models.policy_trainer.num_gpu=1"),
     "partial rollout": (
+        TWO_ENGINES,
         "runtime_args.use_partial_rollout=True",
         "models.partial_rollout_manager.mini_response_per_prompt=3",
     ),

@@ -32,9 +32,9 @@ ROOT = Path(__file__).parents[2]
 PROMPT = np.array([5, 6, 7], np.int32)
 
 
-def completion(num_tokens: int, first: int = 0) -> Completion:
+def completion(num_tokens: int) -> Completion:
     """An answer that was cut off."""
-    tokens = np.arange(first, first + num_tokens, dtype=np.int32)
+    tokens = np.arange(num_tokens, dtype=np.int32)
     return Completion(tokens, np.zeros(num_tokens, np.float32), "", "length", (VersionRun(1, num_tokens),))
 
 
@@ -55,15 +55,15 @@ def test_an_answer_gets_the_length_of_its_place_over_and_over() -> None:
     assert book.begin(Request("probe.3", PROMPT)) is None
 
 
-def test_an_answer_that_goes_on_keeps_its_length_under_another_number() -> None:
-    book = LengthBook([100, 50])
-    assert [book.begin(Request(name, PROMPT)) for name in ("0.0", "0.1")] == [100, 50]
+def test_an_answer_that_goes_on_gets_a_length_above_what_it_has_from_any_engine() -> None:
+    book = LengthBook([100, 30, 50])
+    assert [book.begin(Request(name, PROMPT)) for name in ("0.0", "0.1")] == [100, 30]
     cut = book.end("0.0", completion(40))
     assert cut.finish_reason == "length"
-    assert book.end("0.1", completion(50, first=200)).finish_reason == "stop"
-    assert book.begin(Request("1.1", PROMPT, begun=cut)) == 100
-    assert book.end("1.1", completion(100)).finish_reason == "stop"
-    assert book.begin(Request("2.1", PROMPT, begun=cut)) == 50, "an answer goes on once"
+    assert book.end("0.1", completion(30)).finish_reason == "stop"
+    other = LengthBook([100, 30, 50])
+    assert [other.begin(Request(name, PROMPT, begun=cut)) for name in ("1.0", "1.1")] == [100, 50]
+    assert other.end("1.1", completion(50)).finish_reason == "stop"
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -88,7 +88,8 @@ def test_tables_hold_each_ratio_against_its_bound() -> None:
     rounds = [{name: side(speed) for name in LENGTHS} for speed in (1.0, 2.0, 4.0)]
     lines = tables(rounds, Moved(10**9, [0.5, 0.5], [0.25, 0.25]), has_peer=True).splitlines()
     speed = f"{sum(LONG.tokens()) / 2:,.0f}"
-    assert f"| {LONG.name} | {speed} | {speed} | 1.00 | 0.95 |" in lines
+    assert f"| {LONG.name} | sync | {speed} | {speed} | 1.00 | 0.95 |" in lines
+    assert f"| {LONG.name} | sync, one engine | {speed} | {sum(LONG.tokens()) / 4:,.0f} | 2.00 | 0.95 |" in lines
     assert "| 1000 MB, one engine in the sender's process | 500.0 | 2.00 | 4.00 | 0.500 |" in lines
     assert "| async | 2.00 | 1.00 | 50 % | 75 % |" in lines
     assert f"| {LONG.name} | sync | 2.00 | 8.00 | 4.00 | 1.8 |" in lines
@@ -97,7 +98,7 @@ def test_tables_hold_each_ratio_against_its_bound() -> None:
 
 
 def side(speed: float) -> Side:
-    """Episodes of 4 s in which answers take 2 s; bare generation takes 2 s, bare training 1 s, the peer 8 s."""
+    """Episodes of 4 s in which answers take 2 s; bare generation takes 2 s or 4 s, bare training 1 s, the peer 8 s."""
     episode = Episode(
         wall_s=4 / speed,
         rollout_s=1.5,
@@ -110,4 +111,4 @@ def side(speed: float) -> Side:
         transfer_gb_per_s=0.1,
     )
     runs = {schedule: Run(LONG, (episode,) * 3) for schedule in SCHEDULES}
-    return Side(runs, [2.0], [1.0], [8.0])
+    return Side(runs, {1: [2.0], 2: [4.0]}, [1.0], [8.0])
