@@ -141,8 +141,8 @@ def check(config: GrpoConfig, environment: Environment) -> Layout:
 
 def rehearse(config: GrpoConfig, layout: Layout) -> None:
     """What a run does before its cluster: find where to begin, read the data. Nothing is written."""
+    from chatlearn.beginning import state_found
     from chatlearn.questions import read_questions
-    from chatlearn.saving import state_found
 
     state_found(config, layout)
     read_questions(config)

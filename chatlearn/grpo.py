@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Final
 
 from chatlearn.asynchronous import Asynchronous
+from chatlearn.beginning import announce, beginning, open_journal, resume
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.interruption import Interrupted, Interruption
 from chatlearn.config.environment import Environment
@@ -26,7 +27,7 @@ from chatlearn.one_step_off import OneStepOff
 from chatlearn.over_sampling import OverSampling
 from chatlearn.partial_rollout import PartialRollout
 from chatlearn.questions import read_questions
-from chatlearn.saving import announce, beginning, is_due, is_save_due, open_journal, resume, save
+from chatlearn.saving import is_due, is_save_due, save
 from chatlearn.team import Team, gather
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from chatlearn.beginning import FRESH
 from chatlearn.checkpoint.layout import begin, publish
 from chatlearn.checkpoint.manifest import Manifest
 from chatlearn.checkpoint.run_state import save_run_state
 from chatlearn.cli import main
 from chatlearn.config.environment import QUIET
 from chatlearn.config.read import read_config
-from chatlearn.saving import FRESH
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRYPOINT = str(ROOT / "chatlearn" / "entrypoint.py")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from chatlearn import specs
 from chatlearn.algorithm.advantage import ADVANTAGES
 from chatlearn.algorithm.logprob import token_logprobs_and_entropy
+from chatlearn.beginning import FRESH, resume, state_found
 from chatlearn.checkpoint.hugging_face import write_hugging_face
 from chatlearn.config.environment import Environment
 from chatlearn.config.layout import Layout, layout_of
@@ -28,7 +29,7 @@ from chatlearn.config.schema import GrpoConfig
 from chatlearn.episode import compare
 from chatlearn.observability.journal import Journal
 from chatlearn.records import Completion, Graded, Prompt, Rollout, Score, VersionRun
-from chatlearn.saving import FRESH, resume, save, state_found
+from chatlearn.saving import save
 from chatlearn.team import Team
 
 ROOT = Path(__file__).resolve().parents[2]
