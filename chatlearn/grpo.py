@@ -58,12 +58,15 @@ def run(config: GrpoConfig) -> None:
         except Interrupted:
             journal.say(f"interrupted; keeping the state after episode {state.episode}")
             save(team, state, journal)
+            team.archive.finish()
             raise
+        team.archive.finish()
         journal.curve()
 
 
 def turn(team: Team, journal: Journal, schedule: Schedule, state: RunState, episode: int) -> RunState:
     """One episode with what belongs to its end: evaluation, metrics on disk, and only then the checkpoint."""
+    team.archive.check()
     team.policy.take_busy_s()  # What engines did before, such as evaluation, is not this episode's.
     with journal.page(episode) as page:
         state = schedule.live(page, state, episode)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from chatlearn import specs
 from chatlearn.algorithm.advantage import ADVANTAGES, AdvantageFn
 from chatlearn.checkpoint.run_state import RunState
+from chatlearn.cluster.archive import Archive
 from chatlearn.cluster.cluster import Cluster, ClusterSpec
 from chatlearn.cluster.crew import open_crew
 from chatlearn.cluster.groups import ReferenceGroup, TrainerGroup
@@ -55,6 +56,7 @@ class Team:
     trainer: TrainerGroup
     reference: ReferenceGroup | None
     graders: RewardGroup
+    archive: Archive
     advantage: AdvantageFn
     asking: Asking
     evaluation_asking: Asking
@@ -74,8 +76,8 @@ class Team:
         return self.layout.batches(samples, seed=self.args.seed + episode)
 
     def care_numbers(self) -> dict[str, float]:
-        """How long the engines were busy since this was asked before, and how many processes were replaced so far."""
-        return {
+        """How long the engines were busy and what was saved since this was asked before; processes replaced so far."""
+        return self.archive.take_numbers() | {
             "rollout/engine_busy_s": self.policy.take_busy_s(),
             "rollout/replaced_engines": float(self.policy.num_replaced),
             "rule_reward/replaced_graders": float(self.graders.num_replaced),
@@ -125,6 +127,7 @@ def gather(
             trainer=crew.trainer,
             reference=crew.reference,
             graders=crew.graders,
+            archive=crew.archive,
             advantage=resolve(ADVANTAGES, config.runtime_args.advantage, "runtime_args.advantage"),
             asking=Asking(policy.num_inference_per_prompt, specs.sampling_plan(config)),
             evaluation_asking=Asking(config.runtime_args.eval_samples_per_prompt, specs.evaluation_plan(config)),

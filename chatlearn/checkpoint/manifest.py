@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from chatlearn.checkpoint.adapters import AdapterRecord, read_adapter
-from chatlearn.checkpoint.documents import flag, integer, objects, read_document, require_schema, text
+from chatlearn.checkpoint.documents import Document, flag, integer, objects, read_document, require_schema, text
 from chatlearn.checkpoint.durable import checksum, write_text
 from chatlearn.errors import CheckpointError
 
@@ -66,14 +66,6 @@ def read_manifest(directory: Path, name: str = MANIFEST_NAME) -> Manifest:
     path = directory / name
     document = read_document(path)
     require_schema(document, SCHEMA_VERSION, path)
-    files = tuple(
-        FileRecord(
-            name=_inner_name(text(entry, "name", path), path),
-            num_bytes=integer(entry, "num_bytes", path),
-            crc32=text(entry, "crc32", path),
-        )
-        for entry in objects(document, "files", path)
-    )
     return Manifest(
         iteration=integer(document, "iteration", path),
         episode=integer(document, "episode", path),
@@ -81,8 +73,20 @@ def read_manifest(directory: Path, name: str = MANIFEST_NAME) -> Manifest:
         architecture=text(document, "architecture", path),
         groupgemm=flag(document, "groupgemm", path),
         num_ranks=integer(document, "num_ranks", path),
-        files=files,
+        files=read_files(document, path),
         adapter=read_adapter(document, path),
+    )
+
+
+def read_files(document: Document, path: Path) -> tuple[FileRecord, ...]:
+    """The list of files in a document that was read from ``path``."""
+    return tuple(
+        FileRecord(
+            name=_inner_name(text(entry, "name", path), path),
+            num_bytes=integer(entry, "num_bytes", path),
+            crc32=text(entry, "crc32", path),
+        )
+        for entry in objects(document, "files", path)
     )
 
 

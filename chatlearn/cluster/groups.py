@@ -10,7 +10,6 @@ from typing import Literal
 
 from chatlearn.batch.pack import TrainBatch, pack, unpack
 from chatlearn.batch.plan import BatchLayout, oversized
-from chatlearn.checkpoint.manifest import FileRecord
 from chatlearn.checkpoint.sharded import Restored
 from chatlearn.cluster.engine_client import Delivery
 from chatlearn.cluster.fanout import Group
@@ -65,10 +64,6 @@ class TrainerGroup:
         delivery: Delivery = self.group.map("send_weights", version)[0]
         return delivery
 
-    def save(self, staging: Path) -> tuple[FileRecord, ...]:
-        """Every rank writes its shards; returns what they wrote."""
-        return tuple(record for records in self.group.map("save", staging) for record in records)
-
     def load(self, checkpoint: Path) -> Restored:
         """Every rank takes over its part of a published checkpoint."""
         restored: Restored = self.group.map("load", checkpoint)[0]
@@ -77,10 +72,6 @@ class TrainerGroup:
     def save_capsule(self, base_dir: Path, staging: Path) -> None:
         """Every rank puts into a capsule what it alone has."""
         self.group.map("save_capsule", base_dir, staging)
-
-    def save_hugging_face(self, base_dir: Path, save_dir: Path) -> None:
-        """Gather and write the weights as a Hugging Face directory."""
-        self.group.map("save_hugging_face", base_dir, save_dir)
 
     def capacity(self) -> Capacity:
         """All ranks together; the memory is that of the rank which held most."""
