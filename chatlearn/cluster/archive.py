@@ -1,4 +1,4 @@
-"""Checkpoints on their way to the disk, while everybody goes on working: one at a time, and only this process publishes.
+"""Checkpoints on their way to the disk, while everybody works on: one at a time, and only the driver publishes.
 
 The trainer's ranks copy their state, which is all they stand still for, and write the copy. When every rank has
 reported, the exporter makes the Hugging Face directory; then the checkpoint is complete.

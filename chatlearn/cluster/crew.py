@@ -125,16 +125,7 @@ def open_crew(cluster: Cluster, blueprint: Blueprint, tell: Callable[[str], None
 
     ``tell`` says something to the person who watches, such as that an engine was replaced.
     """
-    troupes = [
-        Troupe("policy", RolloutWorker, places(cluster, blueprint.policy.plan)),
-        Troupe("policy_trainer", TrainerWorker, places(cluster, blueprint.trainer.sharded.plan)),
-        Troupe("reward", RewardWorker, places(cluster, blueprint.graders.plan)),
-    ]
-    if blueprint.reference is not None:
-        troupes.append(Troupe("ref_policy", ReferenceWorker, places(cluster, blueprint.reference.plan)))
-    if blueprint.exporter is not None:
-        troupes.append(Troupe("exporter", ExportWorker, places(cluster, blueprint.exporter)))
-    groups = dict(zip([troupe.role for troupe in troupes], cluster.spawn(troupes), strict=True))
+    groups = _spawn(cluster, blueprint)
     engines, trainers, judges = groups["policy"], groups["policy_trainer"], groups["reward"]
     references = [group for role, group in groups.items() if role == "ref_policy"]
 
@@ -175,6 +166,20 @@ def open_crew(cluster: Cluster, blueprint: Blueprint, tell: Callable[[str], None
     if reference is not None:
         reference.send_home()
     return Crew(pipeline, policy, trainer, reference, graders, archive)
+
+
+def _spawn(cluster: Cluster, blueprint: Blueprint) -> dict[str, Group]:
+    """Start every process; the groups by role."""
+    troupes = [
+        Troupe("policy", RolloutWorker, places(cluster, blueprint.policy.plan)),
+        Troupe("policy_trainer", TrainerWorker, places(cluster, blueprint.trainer.sharded.plan)),
+        Troupe("reward", RewardWorker, places(cluster, blueprint.graders.plan)),
+    ]
+    if blueprint.reference is not None:
+        troupes.append(Troupe("ref_policy", ReferenceWorker, places(cluster, blueprint.reference.plan)))
+    if blueprint.exporter is not None:
+        troupes.append(Troupe("exporter", ExportWorker, places(cluster, blueprint.exporter)))
+    return dict(zip([troupe.role for troupe in troupes], cluster.spawn(troupes), strict=True))
 
 
 def _archive(

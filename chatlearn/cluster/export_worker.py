@@ -6,6 +6,7 @@ memory for a large tensor: neither shall happen to a rank that trains.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from chatlearn.cluster.seat import Arrival, Seat, arrive, take_seat
@@ -29,7 +30,7 @@ class ExportWorker:
 
     def prepare(self) -> None:
         """Load the libraries, so that the first checkpoint need not wait for that."""
-        from chatlearn.checkpoint import convert  # noqa: F401
+        import_module("chatlearn.checkpoint.convert")
 
     def export(self, folder: Path, base_dir: Path, adapter: AdapterRecord | None) -> tuple[FileRecord, ...]:
         """Write ``folder/huggingface`` from the shards in ``folder``; returns its files."""

@@ -1,4 +1,4 @@
-"""The process that makes Hugging Face directories, seen from the driver: it is asked once and looked at now and then."""
+"""The process that makes Hugging Face directories, as the driver sees it: asked once, looked at now and then."""
 
 from __future__ import annotations
 

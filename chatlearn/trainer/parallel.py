@@ -130,7 +130,9 @@ def open_process_group(rank: int, num_ranks: int, meeting: Rendezvous) -> None:
 def saving_group() -> dist.ProcessGroup:
     """A second connection of all ranks, on the host, for checkpoints: collectives in the background must not get
     between those of training. Collective."""
-    return dist.new_group(backend=device.backend_of("cpu"), timeout=COLLECTIVE_TIMEOUT)
+    group = dist.new_group(backend=device.backend_of("cpu"), timeout=COLLECTIVE_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member of it"
+    return group
 
 
 def close_process_group() -> None:
