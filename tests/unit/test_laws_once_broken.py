@@ -22,6 +22,7 @@ from chatlearn.algorithm.advantage import ADVANTAGES
 from chatlearn.algorithm.logprob import token_logprobs_and_entropy
 from chatlearn.beginning import FRESH, resume, state_found
 from chatlearn.checkpoint.hugging_face import write_hugging_face
+from chatlearn.cluster.archive import Draft
 from chatlearn.config.environment import Environment
 from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.read import read_config
@@ -54,13 +55,23 @@ class OneNumber:
     def resident(self) -> Generator[None]:
         yield
 
-    def save(self, folder: Path) -> tuple[()]:
-        (folder / "weights").write_text(str(self.weights))
-        return ()
-
     def load(self, folder: Path) -> SimpleNamespace:
         self.weights = int((folder / "weights").read_text())
         return SimpleNamespace(random_states=True, num_ranks_saved=1)
+
+
+@dataclass
+class ArchiveOfOne:
+    """Stands for the archive: writes that number, and publishes at once."""
+
+    trainer: OneNumber
+
+    def settle(self) -> None:
+        """Nothing is ever on its way."""
+
+    def begin(self, draft: Draft) -> None:
+        (draft.staging / "weights").write_text(str(self.trainer.weights))
+        draft.complete(())
 
 
 @dataclass
@@ -85,7 +96,14 @@ def team_of(config: GrpoConfig, layout: Layout, trainer: OneNumber) -> Team:
     """The part of a team that saving speaks to."""
     return cast(
         "Team",
-        SimpleNamespace(args=config.runtime_args, layout=layout, trainer=trainer, saves_hugging_face=False, lora=None),
+        SimpleNamespace(
+            args=config.runtime_args,
+            layout=layout,
+            trainer=trainer,
+            archive=ArchiveOfOne(trainer),
+            saves_hugging_face=False,
+            lora=None,
+        ),
     )
 
 
