@@ -9,9 +9,10 @@ one, made of the same parts, which are in ``episode.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Final
+from dataclasses import replace
+from typing import ClassVar, Final
 
 from chatlearn.asynchronous import Asynchronous
 from chatlearn.beginning import announce, beginning, open_journal, resume
@@ -21,12 +22,13 @@ from chatlearn.config.environment import Environment
 from chatlearn.config.layout import layout_of
 from chatlearn.config.schedule import ScheduleName, schedule_name
 from chatlearn.config.schema import GrpoConfig
-from chatlearn.episode import Schedule, evaluate, judge, publish, state_after, study
+from chatlearn.episode import Schedule, ask_anew, evaluate, examine, judge, publish, state_after, study
 from chatlearn.observability.journal import Journal, Page
 from chatlearn.one_step_off import OneStepOff
 from chatlearn.over_sampling import OverSampling
 from chatlearn.partial_rollout import PartialRollout
 from chatlearn.questions import read_questions
+from chatlearn.records import OpenGroup
 from chatlearn.saving import is_due, is_save_due, save
 from chatlearn.team import Team, gather
 
@@ -50,7 +52,7 @@ def run(config: GrpoConfig) -> None:
         if state.episode == 0 and team.args.enable_eval_before_training:
             with journal.page(0) as page:
                 evaluate(team, page, episode=0)
-        schedule = SCHEDULES[schedule_name(config)](team)
+        schedule = taking_turns(schedule_name(config), team, state)
         try:
             for episode in range(state.episode + 1, team.args.num_episode + 1):
                 state = turn(team, journal, schedule, state, episode)
@@ -64,12 +66,20 @@ def run(config: GrpoConfig) -> None:
         journal.curve()
 
 
+def taking_turns(name: ScheduleName, team: Team, state: RunState) -> Schedule:
+    """The schedule of this name, in the middle of what an earlier life of the run left open with the same one."""
+    if state.schedule == name:
+        return SCHEDULES[name](team, state.open_groups)
+    ask_anew(team, state.open_groups)
+    return SCHEDULES[name](team, ())
+
+
 def turn(team: Team, journal: Journal, schedule: Schedule, state: RunState, episode: int) -> RunState:
     """One episode with what belongs to its end: evaluation, metrics on disk, and only then the checkpoint."""
     team.archive.check()
     team.policy.take_busy_s()  # What engines did before, such as evaluation, is not this episode's.
     with journal.page(episode) as page:
-        state = schedule.live(page, state, episode)
+        state = replace(schedule.live(page, state, episode), schedule=schedule.name)
         page.add(team.care_numbers())
         if is_due(episode, team.args.eval_episode_interval):
             with suppress(Interrupted):  # The optimizer has stepped: the episode counts, and the loop stops after it.
@@ -82,7 +92,9 @@ def turn(team: Team, journal: Journal, schedule: Schedule, state: RunState, epis
 class Synchronous:
     """Engines answer, then the trainer learns, then engines get the weights: every answer is from the newest ones."""
 
-    def __init__(self, team: Team) -> None:
+    name: ClassVar[ScheduleName] = "sync"
+
+    def __init__(self, team: Team, _leaves_nothing_open: Sequence[OpenGroup]) -> None:
         self.team = team
 
     def live(self, page: Page, state: RunState, episode: int) -> RunState:
@@ -98,17 +110,18 @@ class Synchronous:
             graded = team.pipeline.take(asked)
             samples = judge(team, page, graded, episode)
 
-        num_steps = study(team, page, state, graded, samples)
+        examine(team, page, state, graded, samples)
+        num_steps = study(team, page, state, samples)
 
         with page.phase("publish"):
             page.add_transfer(publish(team, version=episode))
         return state_after(state, num_steps, team.prompts.position)
 
 
-SCHEDULES: Final[Mapping[ScheduleName, Callable[[Team], Schedule]]] = {
-    "sync": Synchronous,
-    "over_sampling": OverSampling,
-    "partial_rollout": PartialRollout,
-    "one_step_off": OneStepOff,
-    "async": Asynchronous,
+SCHEDULES: Final[Mapping[ScheduleName, Callable[[Team, Sequence[OpenGroup]], Schedule]]] = {
+    Synchronous.name: Synchronous,
+    OverSampling.name: OverSampling,
+    PartialRollout.name: PartialRollout,
+    OneStepOff.name: OneStepOff,
+    Asynchronous.name: Asynchronous,
 }

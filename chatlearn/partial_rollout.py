@@ -7,14 +7,17 @@ was released to it, which is a different number of answers each time. ``rollout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 
 from chatlearn.checkpoint.run_state import RunState
-from chatlearn.episode import compare, publish, state_after, study, tell_of
+from chatlearn.config.schedule import ScheduleName
+from chatlearn.episode import compare, examine, publish, state_after, study, tell_of
 from chatlearn.observability.journal import Page
-from chatlearn.records import Completion
+from chatlearn.records import Completion, OpenGroup
 from chatlearn.rollout.partial import PartialPool
 from chatlearn.team import Team
 
@@ -24,10 +27,12 @@ NOTHING_YET = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), "", "le
 class PartialRollout:
     """Engines and trainer take turns; what is unfinished waits in the pool."""
 
-    def __init__(self, team: Team) -> None:
+    name: ClassVar[ScheduleName] = "partial_rollout"
+
+    def __init__(self, team: Team, open_groups: Sequence[OpenGroup]) -> None:
         assert team.rounds is not None, "the layout of partial rollout has rounds"
         self.team = team
-        self._pool = PartialPool(team.rounds)
+        self._pool = PartialPool(team.rounds, open_groups)
 
     def live(self, page: Page, state: RunState, episode: int) -> RunState:
         """One episode; where nothing was released there is nothing to learn, and the weights stay as they are."""
@@ -43,11 +48,12 @@ class PartialRollout:
             tell_of(team, page, graded, samples, episode)
             page.add({"partial_rollout_manager/num_train_samples": float(len(samples))})
 
-        num_steps = study(team, page, state, graded, samples) if samples else 0
+        examine(team, page, state, graded, samples)
+        num_steps = study(team, page, state, samples) if samples else 0
 
         with page.phase("publish"):
             page.add_transfer(publish(team, version=episode))
-        return state_after(state, num_steps, team.prompts.position_before(self._pool.untouched()))
+        return state_after(state, num_steps, team.prompts.position, self._pool.open_groups())
 
     def _sample(self, page: Page) -> None:
         """Let all answers of the pool grow by the budget of their round, new ones included."""

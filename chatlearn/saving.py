@@ -17,7 +17,7 @@ from chatlearn.checkpoint.layout import (
     publish,
 )
 from chatlearn.checkpoint.manifest import FileRecord, Manifest
-from chatlearn.checkpoint.run_state import RunState, save_run_state
+from chatlearn.checkpoint.run_state import RunState, save_counters, save_run_state
 from chatlearn.cluster.archive import Draft
 from chatlearn.cluster.exporter import Export
 from chatlearn.config.schema import RuntimeArgs
@@ -71,7 +71,7 @@ def _draft(team: Team, state: RunState, staging: Path) -> Draft:
 
     def complete(files: Sequence[FileRecord]) -> None:
         publish(root, replace(manifest, files=tuple(files)))
-        save_run_state(team.layout.folders.data_checkpoint, state)
+        save_counters(team.layout.folders.data_checkpoint, state)
         prune(root, team.args.keep_checkpoints)
 
     export = Export(base, adapter) if team.saves_hugging_face else None

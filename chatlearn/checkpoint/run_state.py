@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from chatlearn.checkpoint.documents import integer, integers, read_document, require_schema
+from chatlearn.checkpoint.documents import integer, integers, read_document, require_schema, text
 from chatlearn.checkpoint.durable import failures_named, write_text
+from chatlearn.checkpoint.open_groups import load_open_groups, save_open_groups
+from chatlearn.records import OpenGroup
 
 RUN_STATE_NAME = "run_state.json"
 SCHEMA_VERSION = 1
@@ -20,6 +22,7 @@ class RunState:
     ``episode`` and ``train_iteration`` (optimizer steps) count from 0 before training; ``policy_version`` is that of
     the weights saved with it; ``epoch``, ``offset`` and ``deferred`` are the position in the prompt stream;
     ``metrics_bytes`` is the length that ``metrics.jsonl`` had, a fact for tools; a resume cuts that file by step.
+    ``open_groups`` are the prompts that ``schedule``, by its name, is in the middle of, the oldest first.
     """
 
     episode: int
@@ -29,14 +32,20 @@ class RunState:
     offset: int
     metrics_bytes: int
     deferred: tuple[int, ...] = ()
+    schedule: str = ""
+    open_groups: tuple[OpenGroup, ...] = ()
 
 
 def save_run_state(directory: Path, state: RunState) -> None:
-    """Write ``run_state.json`` into ``directory``, replacing an earlier one whole.
+    """Write ``state`` into ``directory``, a staged checkpoint: what resume reads."""
+    save_counters(directory, state)
+    save_open_groups(directory, state.open_groups)
 
-    Inside a staged checkpoint this is what resume reads; in ``data_checkpoint_path`` it is a copy for people.
-    """
-    document = {"schema_version": SCHEMA_VERSION, **asdict(state)}
+
+def save_counters(directory: Path, state: RunState) -> None:
+    """Write ``run_state.json`` alone, replacing an earlier one whole: in ``data_checkpoint_path`` for people."""
+    counters = {key: value for key, value in asdict(replace(state, open_groups=())).items() if key != "open_groups"}
+    document = {"schema_version": SCHEMA_VERSION, **counters, "num_open_groups": len(state.open_groups)}
     with failures_named(directory):
         write_text(directory / RUN_STATE_NAME, json.dumps(document, indent=1) + "\n")
 
@@ -54,4 +63,6 @@ def load_run_state(directory: Path) -> RunState:
         offset=integer(document, "offset", path),
         metrics_bytes=integer(document, "metrics_bytes", path),
         deferred=integers(document, "deferred", path),
+        schedule=text(document, "schedule", path) if "schedule" in document else "",  # older ones left nothing open
+        open_groups=load_open_groups(directory),
     )

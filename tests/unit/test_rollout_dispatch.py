@@ -83,6 +83,34 @@ def test_doubled_and_invented_answers_are_errors_and_missing_ones_are_known() ->
         assembly.enter(make_finished("0.1"))
 
 
+@laws
+@given(answers=st.integers(1, 6), answered=st.integers(0, 6), order=st.permutations(range(6)))
+def test_a_group_is_taken_up_with_the_answers_it_has(answers: int, answered: int, order: list[int]) -> None:
+    """In another life of the run, and there only what is missing is asked."""
+    (prompt,), before, after = make_prompts(1), Assembly(), Assembly()
+    before.expect(prompt, answers)
+    answered = min(answered, answers - 1)
+    for place in [place for place in order if place < answers][:answered]:
+        before.enter(make_finished(f"0.{place}"))
+    kept = before.open_groups()[0]
+    assert [answer.text for answer in kept.finished] == sorted(answer.text for answer in kept.finished)
+    after.expect(prompt, 1)
+    number, requests, whole = after.take_up(kept.prompt, answers, kept.finished)
+    assert (number, whole, len(requests)) == (1, None, answers - answered)
+    *others, last = [make_finished(request.request_id) for request in requests]
+    assert [after.enter(one) for one in others] == [None] * len(others)
+    found = after.enter(last)
+    assert found is not None
+    assert found[1].completions[:answered] == kept.finished
+    assert len(found[1].completions) == answers
+
+    number, requests, whole = after.take_up(prompt, answers, found[1].completions)
+    assert (requests, number) == ([], 2)
+    assert whole is not None
+    assert whole.completions == found[1].completions
+    assert list(after.prompts()) == [0], "it is not waited for"
+
+
 def test_the_answers_of_a_group_that_was_given_up_are_dropped_once() -> None:
     assembly = Assembly()
     prompts = make_prompts(3)
