@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from chatlearn.checkpoint.run_state import RunState
+from chatlearn.cluster.pipeline import Begun
 from chatlearn.config.schedule import ScheduleName
 from chatlearn.episode import compare, examine, publish, state_after, study, tell_of
 from chatlearn.observability.journal import Page
@@ -38,7 +39,7 @@ class PartialRollout:
         """One episode; where nothing was released there is nothing to learn, and the weights stay as they are."""
         team = self.team
         with page.phase("rollout"):
-            self._sample(page)
+            self._sample(page, episode)
             team.policy.sleep()
 
         with page.phase("reward"):
@@ -55,7 +56,7 @@ class PartialRollout:
             page.add_transfer(publish(team, version=episode))
         return state_after(state, num_steps, team.prompts.position, self._pool.open_groups())
 
-    def _sample(self, page: Page) -> None:
+    def _sample(self, page: Page, episode: int) -> None:
         """Let all answers of the pool grow by the budget of their round, new ones included."""
         team = self.team
         for prompt in team.prompts.take(team.layout.prompts_per_episode):
@@ -63,9 +64,11 @@ class PartialRollout:
         counts = enumerate(self._pool.num_in_round())
         page.add({f"partial_rollout_manager/round_{number}_samples": float(count) for number, count in counts})
         groups = self._pool.to_ask()
-        plans = [replace(team.asking.plan, max_tokens=self._pool.budget(group)) for group in groups]
-        pairs = zip(groups, plans, strict=True)
-        asked = [team.pipeline.ask_on(group.prompt, group.unfinished, plan) for group, plan in pairs]
+        begun = [
+            Begun(group.prompt, group.unfinished, replace(team.asking.plan, max_tokens=self._pool.budget(group)))
+            for group in groups
+        ]
+        asked = team.pipeline.ask_on(begun, team.seeds(episode, "rollout"))
         team.pipeline.await_answers(asked, page.progress)
         for group, graded in zip(groups, team.pipeline.take(asked), strict=True):
             self._pool.enter(group, graded)

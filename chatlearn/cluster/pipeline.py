@@ -13,7 +13,7 @@ from typing import TypeVar
 import ray
 
 from chatlearn.cluster.fanout import POLL_S, Member
-from chatlearn.cluster.policy_group import PolicyGroup
+from chatlearn.cluster.policy_group import Asked, PolicyGroup
 from chatlearn.cluster.reward_group import RewardGroup
 from chatlearn.cluster.waiting import WAITING
 from chatlearn.records import Completion, Graded, OpenGroup, Prompt, Rollout
@@ -30,6 +30,15 @@ class Asking:
     """How a prompt is answered: so many times, sampled like this."""
 
     num_completions: int
+    plan: SamplingPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """Answers to a prompt that are to go on, as ``plan`` says."""
+
+    prompt: Prompt
+    answers: Sequence[Completion]
     plan: SamplingPlan
 
 
@@ -51,8 +60,8 @@ class Pipeline:
     def ask_planned(self, prompts: Sequence[Prompt], asking: Asking, seeds: Sequence[int]) -> list[int]:
         """Ask a batch, one seed for each replica: the same batch and seeds sample the same answers."""
         expected = [self._assembly.expect(prompt, asking.num_completions) for prompt in prompts]
-        shares = plan_dispatch([requests for _, requests in expected], len(seeds))
-        self._policy.submit_planned(shares, asking.plan, seeds)
+        groups = [[Asked(request, asking.plan) for request in requests] for _, requests in expected]
+        self._policy.submit_planned(plan_dispatch(groups, len(seeds)), seeds)
         return [number for number, _ in expected]
 
     def ask(self, prompt: Prompt, asking: Asking) -> int:
@@ -61,12 +70,15 @@ class Pipeline:
         self._policy.submit(requests, asking.plan)
         return number
 
-    def ask_on(self, prompt: Prompt, begun: Sequence[Completion], plan: SamplingPlan) -> int:
-        """Have answers that are begun already go on; they come out whole, each with what there was of it."""
-        number, requests = self._assembly.expect(prompt, len(begun))
-        pairs = zip(requests, begun, strict=True)
-        self._policy.submit([replace(request, begun=answer) for request, answer in pairs], plan)
-        return number
+    def ask_on(self, groups: Sequence[Begun], seeds: Sequence[int]) -> list[int]:
+        """Have answers that are begun go on, planned like a batch; each comes out whole, with what there was of it."""
+        expected = [self._assembly.expect(group.prompt, len(group.answers)) for group in groups]
+        asked = [
+            [Asked(replace(one, begun=answer), group.plan) for one, answer in zip(wanted, group.answers, strict=True)]
+            for group, (_, wanted) in zip(groups, expected, strict=True)
+        ]
+        self._policy.submit_planned(plan_dispatch(asked, len(seeds)), seeds)
+        return [number for number, _ in expected]
 
     def take_up(self, group: OpenGroup, asking: Asking) -> int:
         """A group of an earlier life of the run: its finished answers are judged, and the missing ones asked."""
