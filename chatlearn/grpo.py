@@ -15,10 +15,11 @@ from typing import Final
 
 from chatlearn.asynchronous import Asynchronous
 from chatlearn.beginning import announce, beginning, open_journal, resume
+from chatlearn.checkpoint.run_lock import hold_directory
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.interruption import Interrupted, Interruption
 from chatlearn.config.environment import Environment
-from chatlearn.config.layout import layout_of
+from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.schedule import ScheduleName, schedule_name
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.episode import Schedule, evaluate, judge, publish, state_after, study
@@ -34,6 +35,12 @@ from chatlearn.team import Team, gather
 def run(config: GrpoConfig) -> None:
     """Train until ``num_episode``; go on where an earlier run with the same ``output_dir`` stopped."""
     layout = layout_of(config, Environment.read())
+    with hold_directory(layout.folders.output, announce):
+        train(config, layout)
+
+
+def train(config: GrpoConfig, layout: Layout) -> None:
+    """The run itself, by the one process that may write into its directory."""
     state = beginning(config, layout)
     if state.episode >= config.runtime_args.num_episode:
         announce(f"finished at {state.episode}")

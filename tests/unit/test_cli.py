@@ -15,6 +15,7 @@ import pytest
 from chatlearn.beginning import FRESH
 from chatlearn.checkpoint.layout import begin, publish
 from chatlearn.checkpoint.manifest import Manifest
+from chatlearn.checkpoint.run_lock import hold_directory
 from chatlearn.checkpoint.run_state import save_run_state
 from chatlearn.cli import main
 from chatlearn.config.environment import QUIET
@@ -204,7 +205,19 @@ def test_data_that_cannot_be_used_is_found_by_a_dry_run_and_before_a_run_writes(
     written.write_text("earlier\n")
     assert main(words) == 2
     assert message in capsys.readouterr().err
-    assert [path.read_text() for path in written.parent.iterdir()] == ["earlier\n"]
+    found = {path.name: path.read_text() for path in written.parent.iterdir()}
+    assert found == {"metrics.jsonl": "earlier\n", "run.lock": ""}
+
+
+def test_a_directory_that_another_run_writes_into_is_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "output"
+    with hold_directory(output, print):
+        assert "is writing there (run.lock is locked)" in refused(words, capsys)
+        assert main(words) == 2
+        assert f"the run with pid {os.getpid()} on host" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["run.lock"]
 
 
 def test_a_resume_that_is_switched_off_is_found_by_a_dry_run(
