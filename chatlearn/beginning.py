@@ -10,13 +10,13 @@ from rich.console import Console
 
 from chatlearn.checkpoint.adapters import AdapterRecord, require_same_adapter
 from chatlearn.checkpoint.durable import write_text
-from chatlearn.checkpoint.layout import checkpoint_folder, latest_complete, recover
-from chatlearn.checkpoint.manifest import read_manifest
-from chatlearn.checkpoint.run_state import RunState, load_run_state
+from chatlearn.checkpoint.layout import DAMAGED, checkpoint_folder, list_complete, recover, set_aside
+from chatlearn.checkpoint.run_state import RunState
+from chatlearn.checkpoint.selection import Choice, choose, put_aside_before
 from chatlearn.config.layout import Layout
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.config.text import resolved_text
-from chatlearn.errors import ConfigError
+from chatlearn.errors import CheckpointError, ConfigError
 from chatlearn.observability.journal import Journal
 from chatlearn.observability.manifest import RunFacts, write_manifest
 from chatlearn.recipe import lora_spec
@@ -27,34 +27,71 @@ FRESH = RunState(episode=0, train_iteration=0, policy_version=0, epoch=0, offset
 
 
 def beginning(config: GrpoConfig, layout: Layout) -> RunState:
-    """Where the run begins, after what an earlier one was in the middle of has been finished."""
-    recover(layout.folders.save_model)
-    return state_found(config, layout)
+    """Where the run begins, after what an earlier one was in the middle of has been finished.
+
+    Damaged checkpoints that are newer get another name, which is said, and the run goes on from the one before.
+    """
+    root = layout.folders.save_model
+    recover(root)
+    choice = choose(root)
+    for damage in choice.damaged:
+        put_aside(damage.folder, damage.reason)
+    return _state_in(config, layout, choice)
 
 
 def state_found(config: GrpoConfig, layout: Layout) -> RunState:
-    """The state in the newest complete checkpoint, or a fresh one; only reads, so that a dry run disturbs nobody.
+    """As ``beginning``, and only reads, so that a dry run disturbs nobody."""
+    choice = choose(layout.folders.save_model)
+    for damage in choice.damaged:
+        announce(f"the checkpoint {damage.folder} is damaged, and a run would put it aside: {damage.reason}")
+    return _state_in(config, layout, choice)
+
+
+def put_aside(folder: Path, reason: str) -> None:
+    """Take a damaged checkpoint out of the way, and say so; nothing of it is deleted."""
+    announce(f"a damaged checkpoint is put aside as {set_aside(folder, DAMAGED)}: {reason}")
+
+
+def _state_in(config: GrpoConfig, layout: Layout, choice: Choice) -> RunState:
+    """The state in the newest checkpoint that can be believed, or a fresh one.
 
     Raises ``ConfigError`` when resuming is switched off and the output directory holds checkpoints of another run, and
-    ``CheckpointError`` when what was trained there is not what is to be trained now.
+    ``CheckpointError`` when all are damaged, or when what was trained there is not what is to be trained now.
     """
-    newest = latest_complete(layout.folders.save_model)
+    newest = choice.newest
     if newest is None:
+        _require_none_lost(layout.folders.save_model, choice)
         return FRESH
     if not config.runtime_args.enable_resume_training:
         raise ConfigError(
-            f"runtime_args.output_dir={config.runtime_args.output_dir} holds the checkpoint {newest.name} of an "
+            f"runtime_args.output_dir={config.runtime_args.output_dir} holds the checkpoint {newest.folder.name} of an "
             "earlier run, and runtime_args.enable_resume_training=False; choose another output_dir, "
             "or let the run continue"
         )
-    manifest, base = read_manifest(newest), Path(layout.trainer.load)
-    require_same_adapter(newest, manifest.adapter, AdapterRecord.of(lora_spec(config), base), manifest.base_model)
-    return load_run_state(newest)
+    manifest, base = newest.manifest, Path(layout.trainer.load)
+    require_same_adapter(
+        newest.folder, manifest.adapter, AdapterRecord.of(lora_spec(config), base), manifest.base_model
+    )
+    return newest.state
+
+
+def _require_none_lost(root: Path, choice: Choice) -> None:
+    """A run whose checkpoints are all damaged must not begin anew as if there had been none."""
+    unmoved = [damage.folder for damage in choice.damaged if damage.folder.exists()]
+    lost = [path.name for path in (*put_aside_before(root), *unmoved)]
+    if not lost:
+        return
+    newer = [folder.name for folder in list_complete(root)]
+    others = f"; complete ones that are newer than its file 'latest' says: {', '.join(newer)}" if newer else ""
+    raise CheckpointError(
+        f"{root}: no complete checkpoint is left to go on from; damaged: {', '.join(lost)}{others}. Put back a copy of "
+        "one under its number, or move these folders away to begin anew"
+    )
 
 
 def announce(text: str) -> None:
     """Tell something that belongs to no journal."""
-    Console(stderr=True, highlight=False).print(text)
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Final
 
 from chatlearn.asynchronous import Asynchronous
-from chatlearn.beginning import announce, beginning, open_journal, resume
+from chatlearn.beginning import announce, beginning, open_journal, put_aside, resume
 from chatlearn.checkpoint.run_lock import hold_directory
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.interruption import Interrupted, Interruption
@@ -23,6 +23,7 @@ from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.schedule import ScheduleName, schedule_name
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.episode import Schedule, evaluate, judge, publish, state_after, study
+from chatlearn.errors import DamagedCheckpointError
 from chatlearn.observability.journal import Journal, Page
 from chatlearn.one_step_off import OneStepOff
 from chatlearn.over_sampling import OverSampling
@@ -36,7 +37,12 @@ def run(config: GrpoConfig) -> None:
     """Train until ``num_episode``; go on where an earlier run with the same ``output_dir`` stopped."""
     layout = layout_of(config, Environment.read())
     with hold_directory(layout.folders.output, announce):
-        train(config, layout)
+        while True:
+            try:
+                train(config, layout)
+                break
+            except DamagedCheckpointError as damage:  # The ranks have found it: once more, from the one before.
+                put_aside(damage.folder, damage.reason)
 
 
 def train(config: GrpoConfig, layout: Layout) -> None:

@@ -8,6 +8,7 @@
     200/random/rank_0.pt       random states of each rank
     200/huggingface/           only with save_hf
     latest                     "200"
+    195.damaged/               what was found damaged, for people to look at
 
 Saving is ``begin`` on the driver, ``save_shards`` on every rank, ``publish`` on the driver: the folder gets its name
 in one rename, and ``latest`` follows.
@@ -16,6 +17,7 @@ in one rename, and ``latest`` follows.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from chatlearn.checkpoint.durable import (
@@ -28,12 +30,14 @@ from chatlearn.checkpoint.durable import (
     publish_folder,
     recover_folder,
     staging_of,
+    sync,
     write_text,
 )
 from chatlearn.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
     Manifest,
+    link_on_the_way,
     read_manifest,
     record_file,
     verify_sizes,
@@ -49,6 +53,8 @@ LATEST_NAME = "latest"
 # A manifest gets this name when its checkpoint is being deleted: from then on the folder is not complete, and a
 # deletion that was cut short can be finished.
 DELETED_NAME = "checkpoint.deleted.json"
+# Endings of folders that are not looked at any more, and that only people delete.
+DAMAGED = "damaged"
 
 
 def checkpoint_folder(root: Path, iteration: int) -> Path:
@@ -70,6 +76,8 @@ def begin(root: Path, iteration: int) -> Path:
 
 
 def _require_checkpoint(final: Path) -> None:
+    if final.is_symlink():
+        raise CheckpointError(f"{final}: in the way of a new checkpoint, and a link; move it away")
     try:
         read_manifest(final)
     except CheckpointError as error:
@@ -112,10 +120,11 @@ def _measured(staging: Path, name: str, reported: dict[str, FileRecord]) -> File
 
 def list_complete(root: Path) -> tuple[Path, ...]:
     """The complete checkpoints below ``root`` by rising iteration (manifest readable, every file in full length)."""
-    return tuple(folder for folder in _numbered(root) if _is_complete(folder))
+    return tuple(folder for folder in numbered(root) if _is_complete(folder))
 
 
-def _numbered(root: Path) -> list[Path]:
+def numbered(root: Path) -> list[Path]:
+    """Every folder below ``root`` that is called as a checkpoint is, by rising iteration."""
     if not root.is_dir():
         return []
     folders = [path for path in root.iterdir() if path.is_dir() and _is_iteration(path.name)]
@@ -140,13 +149,13 @@ def latest_complete(root: Path) -> Path | None:
     Newer folders than ``latest`` names belong to an earlier life of the run, which went back from there.
     """
     complete = list_complete(root)
-    eligible = [folder for folder in complete if int(folder.name) <= _pointer(root)]
+    eligible = [folder for folder in complete if int(folder.name) <= pointed_at(root)]
     if eligible:
         return eligible[-1]
     return complete[-1] if complete else None
 
 
-def _pointer(root: Path) -> float:
+def pointed_at(root: Path) -> float:
     """The iteration in ``latest``; infinity where the file is absent or unreadable, so that the newest counts."""
     path = root / LATEST_NAME
     if not path.is_file():
@@ -163,10 +172,12 @@ def prune(root: Path, keep: int) -> tuple[Path, ...]:
     """
     if keep == 0:
         return ()
-    pointer = _pointer(root)
+    pointer = pointed_at(root)
     complete = sorted(list_complete(root), key=lambda folder: (int(folder.name) <= pointer, int(folder.name)))
     doomed = tuple(complete[:-keep])
     for folder in doomed:
+        if folder.is_symlink():  # Somebody has put it elsewhere, where nothing is ours to delete.
+            continue
         (folder / MANIFEST_NAME).rename(folder / DELETED_NAME)
         _delete_listed(folder)
     return doomed
@@ -175,12 +186,23 @@ def prune(root: Path, keep: int) -> tuple[Path, ...]:
 def _delete_listed(folder: Path) -> None:
     """Delete what the renamed manifest of ``folder`` lists, then the manifest, then folders that are empty."""
     for record in read_manifest(folder, DELETED_NAME).files:
-        (folder / record.name).unlink(missing_ok=True)
+        if link_on_the_way(folder, record.name) is None:
+            (folder / record.name).unlink(missing_ok=True)
     (folder / DELETED_NAME).unlink()
-    below = [path for path in folder.rglob("*") if path.is_dir()]
+    below = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
     for path in [*sorted(below, reverse=True), folder]:
         if not any(path.iterdir()):
             path.rmdir()
+
+
+def set_aside(folder: Path, ending: str) -> Path:
+    """Give a checkpoint a name that no run looks for, such as ``200.damaged``; returns its new place."""
+    names = (f"{folder.name}.{ending}" + (f".{number}" if number > 1 else "") for number in count(1))
+    aside = next(path for name in names if not (path := folder.with_name(name)).exists())
+    with failures_named(folder):
+        folder.rename(aside)
+        sync(folder.parent)
+    return aside
 
 
 def recover(root: Path) -> None:
@@ -197,6 +219,14 @@ def recover(root: Path) -> None:
             iteration = staging.name.removeprefix(STAGING_PREFIX)
             if _is_iteration(iteration) and staging.is_dir() and not staging.is_symlink():
                 discard_staging(root / iteration)
-        for folder in _numbered(root):
+        for folder in numbered(root):
             if (folder / DELETED_NAME).is_file():
-                _delete_listed(folder)
+                _finish_deletion(folder)
+
+
+def _finish_deletion(folder: Path) -> None:
+    """Where the list of what to delete is damaged too, the folder is left to people."""
+    try:
+        _delete_listed(folder)
+    except CheckpointError:
+        set_aside(folder, DAMAGED)

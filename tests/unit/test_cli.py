@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -224,7 +225,7 @@ def test_a_resume_that_is_switched_off_is_found_by_a_dry_run(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "output" / "save_model" / "policy_trainer"
-    save_run_state(begin(root, 7), FRESH)
+    save_run_state(begin(root, 7), replace(FRESH, episode=7, train_iteration=7))
     publish(root, Manifest(7, 7, "base", "Qwen3ForCausalLM", groupgemm=False, num_ranks=1, files=()))
     assert main([*words, "--dry-run"]) == 0
     capsys.readouterr()
