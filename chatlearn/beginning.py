@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,11 +12,12 @@ from rich.console import Console
 from chatlearn.checkpoint.adapters import AdapterRecord, require_same_adapter
 from chatlearn.checkpoint.durable import write_text
 from chatlearn.checkpoint.layout import DAMAGED, checkpoint_folder, list_complete, recover, set_aside
-from chatlearn.checkpoint.run_state import RunState
-from chatlearn.checkpoint.selection import Choice, choose, put_aside_before
+from chatlearn.checkpoint.run_state import CONFIG_NAME, RunState
+from chatlearn.checkpoint.selection import Choice, Saved, choose, put_aside_before
 from chatlearn.config.layout import Layout
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.config.text import resolved_text
+from chatlearn.continuation import compare, origin_of, problems_of, remarks_of
 from chatlearn.errors import CheckpointError, ConfigError
 from chatlearn.observability.journal import Journal
 from chatlearn.observability.manifest import RunFacts, write_manifest
@@ -55,8 +57,9 @@ def put_aside(folder: Path, reason: str) -> None:
 def _state_in(config: GrpoConfig, layout: Layout, choice: Choice) -> RunState:
     """The state in the newest checkpoint that can be believed, or a fresh one.
 
-    Raises ``ConfigError`` when resuming is switched off and the output directory holds checkpoints of another run, and
-    ``CheckpointError`` when all are damaged, or when what was trained there is not what is to be trained now.
+    Raises ``ConfigError`` when resuming is switched off and the output directory holds checkpoints of another run, or
+    when data, model or batch are not those of the checkpoint; ``CheckpointError`` when all are damaged, or when what
+    was trained there is not what is to be trained now.
     """
     newest = choice.newest
     if newest is None:
@@ -68,11 +71,25 @@ def _state_in(config: GrpoConfig, layout: Layout, choice: Choice) -> RunState:
             "earlier run, and runtime_args.enable_resume_training=False; choose another output_dir, "
             "or let the run continue"
         )
+    state = _continued(config, layout, newest)
     manifest, base = newest.manifest, Path(layout.trainer.load)
     require_same_adapter(
         newest.folder, manifest.adapter, AdapterRecord.of(lora_spec(config), base), manifest.base_model
     )
-    return newest.state
+    return state
+
+
+def _continued(config: GrpoConfig, layout: Layout, saved: Saved) -> RunState:
+    """The saved state, once the configuration has been compared with the one that it was saved with."""
+    comparison = compare(saved, config, origin_of(config, layout))
+    if comparison is None:
+        announce(f"{saved.folder} holds no {CONFIG_NAME} (an older version saved it): configurations are not compared")
+        return saved.state
+    if comparison.harmful and not config.runtime_args.resume_anyway:
+        raise ConfigError(*problems_of(saved, comparison))
+    for line in remarks_of(saved, comparison):
+        announce(line)
+    return replace(saved.state, offset=0, deferred=()) if comparison.moves_data else saved.state
 
 
 def _require_none_lost(root: Path, choice: Choice) -> None:

@@ -18,7 +18,7 @@ from chatlearn.checkpoint.layout import (
     publish,
 )
 from chatlearn.checkpoint.manifest import Manifest
-from chatlearn.checkpoint.run_state import RunState, save_run_state
+from chatlearn.checkpoint.run_state import RunState, save_config, save_run_state
 from chatlearn.config.schema import RuntimeArgs
 from chatlearn.errors import RunError
 from chatlearn.models.family import family_of
@@ -49,6 +49,7 @@ def save(team: Team, state: RunState, journal: Journal) -> None:
                 team.trainer.save_hugging_face(base, staging / HUGGING_FACE_FOLDER)
     state = replace(state, metrics_bytes=journal.metrics_bytes)
     save_run_state(staging, state)
+    save_config(staging, team.config_text)
     manifest = Manifest(
         iteration=state.train_iteration,
         episode=state.episode,
@@ -58,6 +59,7 @@ def save(team: Team, state: RunState, journal: Journal) -> None:
         num_ranks=team.layout.trainer.num_ranks,
         files=files,
         adapter=AdapterRecord.of(team.lora, base),
+        origin=team.origin,
     )
     publish(root, manifest)
     save_run_state(team.layout.folders.data_checkpoint, state)

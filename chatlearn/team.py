@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from chatlearn import specs
 from chatlearn.algorithm.advantage import ADVANTAGES, AdvantageFn
+from chatlearn.checkpoint.adapters import base_digest
+from chatlearn.checkpoint.manifest import Origin
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.cluster import Cluster, ClusterSpec
 from chatlearn.cluster.crew import open_crew
@@ -63,6 +66,7 @@ class Team:
     replays_routes: bool
     config_text: str
     lora: LoraSpec | None
+    origin: Origin
 
     def seeds(self, episode: int, purpose: SamplingPurpose) -> list[int]:
         """One seed for each engine: training and evaluation never share a random stream."""
@@ -133,6 +137,7 @@ def gather(
             replays_routes=config.models.policy_trainer.router_replay is True,
             config_text=resolved_text(config),
             lora=lora_spec(config),
+            origin=Origin(questions.training.content_hash, base_digest(Path(layout.trainer.load))),
         )
 
 

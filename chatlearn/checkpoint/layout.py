@@ -4,6 +4,7 @@
 
     200/checkpoint.json        manifest; written last
     200/run_state.json         counters and position in the data
+    200/config.yaml            the configuration it was trained with
     200/model/  optimizer/     shards of torch.distributed.checkpoint
     200/random/rank_0.pt       random states of each rank
     200/huggingface/           only with save_hf

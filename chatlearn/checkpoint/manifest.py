@@ -14,8 +14,10 @@ from pathlib import Path, PurePosixPath
 from chatlearn.checkpoint.adapters import AdapterRecord, read_adapter
 from chatlearn.checkpoint.documents import (
     CHECKSUM,
+    Document,
     checksum_of,
     flag,
+    inner,
     integer,
     objects,
     read_document,
@@ -41,12 +43,20 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a run is made from, by content and not by path: the training data, and the weights of the base model."""
+
+    data_hash: str
+    base_digest: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The facts about one checkpoint.
 
     ``base_model`` is the model directory that training started from, ``architecture`` the class name in its
     ``config.json``, ``groupgemm`` whether experts ran as grouped matrix products, ``num_ranks`` the saving ranks,
-    ``adapter`` what was trained where it was not the model itself.
+    ``adapter`` what was trained where it was not the model itself; older ones know no ``origin``.
     """
 
     iteration: int
@@ -57,6 +67,7 @@ class Manifest:
     num_ranks: int
     files: tuple[FileRecord, ...] = ()
     adapter: AdapterRecord | None = None
+    origin: Origin | None = None
 
 
 def record_file(directory: Path, name: str) -> FileRecord:
@@ -98,7 +109,15 @@ def read_manifest(directory: Path, name: str = MANIFEST_NAME) -> Manifest:
         num_ranks=integer(document, "num_ranks", path),
         files=files,
         adapter=read_adapter(document, path),
+        origin=_read_origin(document, path),
     )
+
+
+def _read_origin(document: Document, path: Path) -> Origin | None:
+    if document.get("origin") is None:
+        return None
+    record = inner(document, "origin", path)
+    return Origin(text(record, "data_hash", path), text(record, "base_digest", path))
 
 
 def _inner_name(name: str, path: Path) -> str:

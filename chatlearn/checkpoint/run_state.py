@@ -10,6 +10,7 @@ from chatlearn.checkpoint.documents import integer, integers, read_document, req
 from chatlearn.checkpoint.durable import failures_named, write_text
 
 RUN_STATE_NAME = "run_state.json"
+CONFIG_NAME = "config.yaml"
 SCHEMA_VERSION = 1
 
 
@@ -39,6 +40,18 @@ def save_run_state(directory: Path, state: RunState) -> None:
     document = {"schema_version": SCHEMA_VERSION, **asdict(state)}
     with failures_named(directory):
         write_text(directory / RUN_STATE_NAME, json.dumps(document, indent=1) + "\n")
+
+
+def save_config(directory: Path, text: str) -> None:
+    """Write the run's configuration into a staged checkpoint: a resume compares its own with it, key by key."""
+    with failures_named(directory):
+        write_text(directory / CONFIG_NAME, text)
+
+
+def load_config(directory: Path) -> str | None:
+    """The configuration in a checkpoint; ``None`` in those of versions that did not keep it."""
+    path = directory / CONFIG_NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def load_run_state(directory: Path) -> RunState:

@@ -48,6 +48,7 @@ _RUNTIME: Final = (
         "capsule_interval",
         "keep_checkpoints",
         "enable_resume_training",
+        "resume_anyway",
         "data_shuffle",
         "eval_episode_interval",
         "enable_eval_before_training",
@@ -71,7 +72,6 @@ _RUNTIME: Final = (
     refused(f"{RUNTIME}.model_type", ("llm",), f"models that see images are {_NOT_YET}"),
     refused(f"{RUNTIME}.use_rollout_manager", (False,), f"the rollout manager (agent tasks) is {_NOT_YET}"),
     refused(f"{RUNTIME}.raw_chat", (False,), f"untemplated prompts (agent tasks) are {_NOT_YET}"),
-    refused(f"{RUNTIME}.resume_anyway", (False,), f"resuming with another configuration is {_NOT_YET}"),
     refused(f"{RUNTIME}.keep_best", (False, None, 0), f"keeping the best checkpoint is {_NOT_YET}"),
     refused(
         f"{RUNTIME}.load_data_checkpoint_iteration",
