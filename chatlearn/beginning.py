@@ -11,9 +11,9 @@ from rich.console import Console
 
 from chatlearn.checkpoint.adapters import AdapterRecord, require_same_adapter
 from chatlearn.checkpoint.durable import write_text
-from chatlearn.checkpoint.layout import DAMAGED, checkpoint_folder, list_complete, recover, set_aside
+from chatlearn.checkpoint.layout import ABANDONED, DAMAGED, called, checkpoint_folder, list_complete, recover, set_aside
 from chatlearn.checkpoint.run_state import CONFIG_NAME, RunState
-from chatlearn.checkpoint.selection import Choice, Saved, choose, put_aside_before
+from chatlearn.checkpoint.selection import Choice, Saved, choose, newer_than, read_chosen
 from chatlearn.config.layout import Layout
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.config.text import resolved_text
@@ -55,28 +55,44 @@ def put_aside(folder: Path, reason: str) -> None:
 
 
 def _state_in(config: GrpoConfig, layout: Layout, choice: Choice) -> RunState:
-    """The state in the newest checkpoint that can be believed, or a fresh one.
+    """The state in the checkpoint to go on from, or a fresh one.
 
     Raises ``ConfigError`` when resuming is switched off and the output directory holds checkpoints of another run, or
     when data, model or batch are not those of the checkpoint; ``CheckpointError`` when all are damaged, or when what
     was trained there is not what is to be trained now.
     """
-    newest = choice.newest
-    if newest is None:
+    saved = _chosen(config, layout, choice.newest)
+    if saved is None:
         _require_none_lost(layout.folders.save_model, choice)
         return FRESH
     if not config.runtime_args.enable_resume_training:
         raise ConfigError(
-            f"runtime_args.output_dir={config.runtime_args.output_dir} holds the checkpoint {newest.folder.name} of an "
+            f"runtime_args.output_dir={config.runtime_args.output_dir} holds the checkpoint {saved.folder.name} of an "
             "earlier run, and runtime_args.enable_resume_training=False; choose another output_dir, "
             "or let the run continue"
         )
-    state = _continued(config, layout, newest)
-    manifest, base = newest.manifest, Path(layout.trainer.load)
-    require_same_adapter(
-        newest.folder, manifest.adapter, AdapterRecord.of(lora_spec(config), base), manifest.base_model
-    )
+    state = _continued(config, layout, saved)
+    manifest, base = saved.manifest, Path(layout.trainer.load)
+    require_same_adapter(saved.folder, manifest.adapter, AdapterRecord.of(lora_spec(config), base), manifest.base_model)
     return state
+
+
+def _chosen(config: GrpoConfig, layout: Layout, newest: Saved | None) -> Saved | None:
+    """The newest checkpoint that can be believed, or the one that the user sends the run back to.
+
+    A run goes back once: what it saves from then on says so, and the same command, after a crash, goes on from there.
+    """
+    goal, root = config.runtime_args.load_data_checkpoint_iteration, layout.folders.save_model
+    if goal is None:
+        return newest
+    if newest is not None and newest.state.gone_back_to == goal:
+        announce(f"the run has gone back to checkpoint {goal} before; it goes on from what it saved since")
+        return newest
+    chosen = read_chosen(root, goal)
+    newer = [folder.name for folder in newer_than(root, goal)]
+    if newer:
+        announce(f"going back to checkpoint {goal}; newer ones are put aside when the run starts: {', '.join(newer)}")
+    return replace(chosen, state=replace(chosen.state, gone_back_to=goal))
 
 
 def _continued(config: GrpoConfig, layout: Layout, saved: Saved) -> RunState:
@@ -95,14 +111,15 @@ def _continued(config: GrpoConfig, layout: Layout, saved: Saved) -> RunState:
 def _require_none_lost(root: Path, choice: Choice) -> None:
     """A run whose checkpoints are all damaged must not begin anew as if there had been none."""
     unmoved = [damage.folder for damage in choice.damaged if damage.folder.exists()]
-    lost = [path.name for path in (*put_aside_before(root), *unmoved)]
+    lost = [path.name for path in (*called(root, DAMAGED), *unmoved)]
     if not lost:
         return
     newer = [folder.name for folder in list_complete(root)]
-    others = f"; complete ones that are newer than its file 'latest' says: {', '.join(newer)}" if newer else ""
+    others = f"; newer than its file 'latest' says, and complete: {', '.join(newer)}" if newer else ""
     raise CheckpointError(
         f"{root}: no complete checkpoint is left to go on from; damaged: {', '.join(lost)}{others}. Put back a copy of "
-        "one under its number, or move these folders away to begin anew"
+        "one under its number, choose one with runtime_args.load_data_checkpoint_iteration, or move these folders away "
+        "to begin anew"
     )
 
 
@@ -115,6 +132,9 @@ def announce(text: str) -> None:
 def open_journal(config: GrpoConfig, layout: Layout, state: RunState) -> Generator[Journal]:
     """Write what the run is made of, and open its journal after the last episode that counts."""
     output, runtime = layout.folders.output, config.runtime_args
+    if state.gone_back_to == state.train_iteration:  # Metrics of what is given up are forgotten below, too.
+        for folder in newer_than(layout.folders.save_model, state.train_iteration):
+            set_aside(folder, ABANDONED)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "config.yaml", resolved_text(config))
     data = [*runtime.data_path.split(","), *(runtime.eval_data_path or "").split(",")]

@@ -6,6 +6,7 @@ A schedule decides when answers are asked for and which of them an episode learn
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import Protocol
 
@@ -164,12 +165,12 @@ def evaluate(team: Team, page: Page, episode: int) -> None:
 
 def state_after(state: RunState, num_steps: int, position: StreamPosition) -> RunState:
     """Where the next episode begins: this one counts, and its weights are published under its number."""
-    return RunState(
+    return replace(
+        state,
         episode=state.episode + 1,
         train_iteration=state.train_iteration + num_steps,
         policy_version=state.episode + 1,
         epoch=position.epoch,
         offset=position.offset,
         deferred=position.deferred,
-        metrics_bytes=state.metrics_bytes,
     )

@@ -86,7 +86,7 @@ def finish_capsule(team: Team, page: Page, samples: Sequence[Sample], facts: cap
         raise RunError(
             f"the gradients of the last {MAX_BAD_STEPS} optimizer steps, up to step {facts.iteration}, are not finite, "
             f"and the steps were skipped; chatlearn replay {folder} names the parameters. Lower "
-            "models.policy_trainer.optimizer.lr, or go back to an earlier checkpoint by removing newer ones"
+            "models.policy_trainer.optimizer.lr, or go back with runtime_args.load_data_checkpoint_iteration"
         )
 
 

@@ -10,6 +10,7 @@
     200/huggingface/           only with save_hf
     latest                     "200"
     195.damaged/               what was found damaged, for people to look at
+    205.abandoned/             newer than the checkpoint that somebody sent the run back to
 
 Saving is ``begin`` on the driver, ``save_shards`` on every rank, ``publish`` on the driver: the folder gets its name
 in one rename, and ``latest`` follows.
@@ -17,6 +18,7 @@ in one rename, and ``latest`` follows.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -54,8 +56,11 @@ LATEST_NAME = "latest"
 # A manifest gets this name when its checkpoint is being deleted: from then on the folder is not complete, and a
 # deletion that was cut short can be finished.
 DELETED_NAME = "checkpoint.deleted.json"
-# Endings of folders that are not looked at any more, and that only people delete.
+# Endings of folders that no run goes on from. Damaged ones are deleted by people only.
 DAMAGED = "damaged"
+# Checkpoints that are newer than the one that somebody sent the run back to. They are the first to be pruned.
+ABANDONED = "abandoned"
+_ASIDE = re.compile(rf"[0-9]+\.({DAMAGED}|{ABANDONED})(\.[0-9]+)?")
 
 
 def checkpoint_folder(root: Path, iteration: int) -> Path:
@@ -168,6 +173,8 @@ def pointed_at(root: Path) -> float:
 def prune(root: Path, keep: int) -> tuple[Path, ...]:
     """Delete all complete checkpoints but the newest ``keep`` (0 keeps all); returns the folders deleted.
 
+    Those of an earlier life, which somebody sent the run back from, count as the oldest.
+
     Only files that a checkpoint's own manifest lists are deleted; a folder with anything else in it stays, without
     being a checkpoint. The one that a resume would take is never deleted.
     """
@@ -175,7 +182,8 @@ def prune(root: Path, keep: int) -> tuple[Path, ...]:
         return ()
     pointer = pointed_at(root)
     complete = sorted(list_complete(root), key=lambda folder: (int(folder.name) <= pointer, int(folder.name)))
-    doomed = tuple(complete[:-keep])
+    abandoned = [folder for folder in called(root, ABANDONED) if (folder / MANIFEST_NAME).is_file()]
+    doomed = tuple([*abandoned, *complete][:-keep])
     for folder in doomed:
         if folder.is_symlink():  # Somebody has put it elsewhere, where nothing is ours to delete.
             continue
@@ -194,6 +202,12 @@ def _delete_listed(folder: Path) -> None:
     for path in [*sorted(below, reverse=True), folder]:
         if not any(path.iterdir()):
             path.rmdir()
+
+
+def called(root: Path, ending: str) -> tuple[Path, ...]:
+    """The folders below ``root`` that ``set_aside`` gave this ending, by rising iteration."""
+    named = [path for path in root.glob(f"*.{ending}*") if _ASIDE.fullmatch(path.name) and path.is_dir()]
+    return tuple(sorted(named, key=lambda path: (int(path.name.split(".")[0]), path.name)))
 
 
 def set_aside(folder: Path, ending: str) -> Path:
@@ -220,7 +234,7 @@ def recover(root: Path) -> None:
             iteration = staging.name.removeprefix(STAGING_PREFIX)
             if _is_iteration(iteration) and staging.is_dir() and not staging.is_symlink():
                 discard_staging(root / iteration)
-        for folder in numbered(root):
+        for folder in (*numbered(root), *called(root, ABANDONED)):
             if (folder / DELETED_NAME).is_file():
                 _finish_deletion(folder)
 

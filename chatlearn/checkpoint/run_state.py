@@ -21,6 +21,7 @@ class RunState:
     ``episode`` and ``train_iteration`` (optimizer steps) count from 0 before training; ``policy_version`` is that of
     the weights saved with it; ``epoch``, ``offset`` and ``deferred`` are the position in the prompt stream;
     ``metrics_bytes`` is the length that ``metrics.jsonl`` had, a fact for tools; a resume cuts that file by step.
+    ``gone_back_to`` is the train iteration that somebody sent the run back to; all later checkpoints carry it.
     """
 
     episode: int
@@ -30,6 +31,7 @@ class RunState:
     offset: int
     metrics_bytes: int
     deferred: tuple[int, ...] = ()
+    gone_back_to: int | None = None
 
 
 def save_run_state(directory: Path, state: RunState) -> None:
@@ -67,4 +69,5 @@ def load_run_state(directory: Path) -> RunState:
         offset=integer(document, "offset", path),
         metrics_bytes=integer(document, "metrics_bytes", path),
         deferred=integers(document, "deferred", path),
+        gone_back_to=None if document.get("gone_back_to") is None else integer(document, "gone_back_to", path),
     )

@@ -6,25 +6,25 @@ load them (``sharded.load_shards``): there every rank takes a share.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from chatlearn.checkpoint.guarded_reader import METADATA_NAME
 from chatlearn.checkpoint.layout import (
-    DAMAGED,
     DELETED_NAME,
     HUGGING_FACE_FOLDER,
     MODEL_FOLDER,
     OPTIMIZER_FOLDER,
     RANDOM_FOLDER,
+    checkpoint_folder,
+    list_complete,
     numbered,
     pointed_at,
 )
 from chatlearn.checkpoint.manifest import MANIFEST_NAME, Manifest, verify_checksums, verify_sizes
 from chatlearn.checkpoint.run_state import RUN_STATE_NAME, RunState, load_run_state
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import CheckpointError, ConfigError
 
 LARGE: Final = {MODEL_FOLDER, OPTIMIZER_FOLDER, RANDOM_FOLDER, HUGGING_FACE_FOLDER}  # what the ranks read
 # Any of these tells that a folder was a checkpoint once, and not somebody's notes.
@@ -97,7 +97,23 @@ def read_saved(folder: Path) -> Saved:
     return Saved(folder, manifest, state)
 
 
-def put_aside_before(root: Path) -> tuple[Path, ...]:
-    """The damaged checkpoints that this or an earlier run has put aside."""
-    names = re.compile(rf"\d+\.{DAMAGED}(\.\d+)?")
-    return tuple(sorted(path for path in root.glob(f"*.{DAMAGED}*") if names.fullmatch(path.name)))
+def read_chosen(root: Path, iteration: int) -> Saved:
+    """The checkpoint of ``iteration``, every byte of it compared: what is newer will be given up for it.
+
+    Raises ``ConfigError`` that lists what there is where it is not there, and ``CheckpointError`` where it is damaged.
+    """
+    folder = checkpoint_folder(root, iteration)
+    if not was_checkpoint(folder):
+        present = ", ".join(path.name for path in list_complete(root)) or "none"
+        raise ConfigError(
+            f"runtime_args.load_data_checkpoint_iteration={iteration}: {root} has no such checkpoint; complete ones: "
+            f"{present}"
+        )
+    saved = read_saved(folder)
+    verify_checksums(folder, saved.manifest.files)
+    return saved
+
+
+def newer_than(root: Path, iteration: int) -> tuple[Path, ...]:
+    """Every checkpoint, complete or not, of a later iteration."""
+    return tuple(folder for folder in numbered(root) if int(folder.name) > iteration and was_checkpoint(folder))

@@ -25,6 +25,7 @@ def cross_problems(config: GrpoConfig) -> list[str]:
         *_optimizer_problems(config),
         *_adapter_problems(config),
         *_evaluation_problems(config),
+        *_resume_problems(config),
         *_colocation_problems(config),
         *schedule_problems(config),
     ]
@@ -168,6 +169,16 @@ def _evaluation_problems(config: GrpoConfig) -> list[str]:
         f"{what} needs runtime_args.eval_data_path; name a file or switch evaluation off"
         for what, is_asked in asked.items()
         if is_asked
+    ]
+
+
+def _resume_problems(config: GrpoConfig) -> list[str]:
+    runtime = config.runtime_args
+    if runtime.load_data_checkpoint_iteration is None or runtime.enable_resume_training:
+        return []
+    return [
+        f"runtime_args.load_data_checkpoint_iteration={runtime.load_data_checkpoint_iteration} asks to go on from a "
+        "checkpoint, and runtime_args.enable_resume_training=False not to; leave one of them out"
     ]
 
 

@@ -253,7 +253,14 @@ VERDICTS: Final[tuple[Verdict, ...]] = (
         "wandb_id",
         "wandb_resume",
     ),
-    *_verdicts("start", "says whether to go on, and from where", RUNTIME, "enable_resume_training", "resume_anyway"),
+    *_verdicts(
+        "start",
+        "says whether to go on, and from where",
+        RUNTIME,
+        "enable_resume_training",
+        "resume_anyway",
+        "load_data_checkpoint_iteration",
+    ),
 )
 
 VERDICT_OF: Final[dict[str, Verdict]] = {verdict.key: verdict for verdict in VERDICTS}

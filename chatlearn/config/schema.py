@@ -105,6 +105,8 @@ class RuntimeArgs(Section):
     """How many of the newest checkpoints are kept; 0 keeps all."""
     enable_resume_training: bool = True
     """Continue from the newest complete checkpoint in `output_dir`, if there is one."""
+    load_data_checkpoint_iteration: Positive | None = None
+    """Go back to the checkpoint of this train iteration, once; the same command then goes on from there."""
     resume_anyway: bool = False
     """Continue although data, model, batch or order are not those of the checkpoint; what differs is said."""
     eval_episode_interval: Count = 0

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from chatlearn.beginning import FRESH, beginning, state_found
-from chatlearn.checkpoint.layout import begin, publish
+from chatlearn.beginning import FRESH, beginning, open_journal, state_found
+from chatlearn.checkpoint.layout import begin, prune, publish
 from chatlearn.checkpoint.manifest import Manifest
 from chatlearn.checkpoint.run_state import RunState, save_config, save_run_state
 from chatlearn.cli import main
@@ -69,6 +69,17 @@ class Runs:
 
     def begin(self, *overrides: str) -> RunState:
         return beginning(*self.config(*overrides))
+
+    def start(self, *overrides: str) -> RunState:
+        """As far as the journal: from there on the run writes."""
+        config, layout = self.config(*overrides)
+        state = beginning(config, layout)
+        with open_journal(config, layout, state):
+            return state
+
+    def present(self) -> list[str]:
+        """The folders of checkpoints, whatever they are called."""
+        return sorted((path.name for path in self.root.iterdir() if path.is_dir()), key=lambda name: (len(name), name))
 
     def rehearse(self, *overrides: str) -> RunState:
         return state_found(*self.config(*overrides))
@@ -190,3 +201,85 @@ def test_a_resume_that_is_switched_off_refuses_a_directory_of_another_run(runs: 
     runs.save(4)
     with pytest.raises(ConfigError, match="holds the checkpoint 4 of an earlier run"):
         runs.begin("runtime_args.enable_resume_training=False")
+
+
+BACK = "runtime_args.load_data_checkpoint_iteration=4"
+
+
+def test_a_run_goes_back_once_and_the_same_command_goes_on_after_a_crash(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for iteration in (2, 4, 6, 8):
+        runs.save(iteration)
+    assert runs.rehearse(BACK).episode == 4
+    assert "going back to checkpoint 4; newer ones are put aside when the run starts: 6, 8" in capsys.readouterr().err
+    assert runs.present() == ["2", "4", "6", "8"]
+    state = runs.start(BACK)
+    assert (state.episode, state.gone_back_to) == (4, 4)
+    assert runs.present() == ["2", "4", "6.abandoned", "8.abandoned"]
+
+    capsys.readouterr()  # A crash before anything was saved: neither way to start again leads anywhere else.
+    assert (runs.start(BACK).episode, runs.start().episode) == (4, 4)
+    assert capsys.readouterr().err == ""
+
+    runs.save(6, state=state)
+    again = runs.start(BACK)
+    assert (again.episode, again.gone_back_to) == (6, 4)
+    assert "has gone back to checkpoint 4 before" in capsys.readouterr().err
+    runs.save(8, state=again)
+    assert (runs.start(BACK).episode, runs.start().episode) == (8, 8)
+    assert runs.present() == ["2", "4", "6", "8", "6.abandoned", "8.abandoned"]
+
+
+def test_a_run_can_go_back_to_the_same_place_after_it_went_elsewhere(runs: Runs) -> None:
+    for iteration in (2, 4, 6):
+        runs.save(iteration)
+    runs.save(6, state=runs.start(BACK))
+    runs.save(8, state=runs.start())
+    elsewhere = runs.start("runtime_args.load_data_checkpoint_iteration=6")
+    assert (elsewhere.episode, elsewhere.gone_back_to) == (6, 6)
+    runs.save(8, state=elsewhere)
+    assert runs.start(BACK).episode == 4
+    assert runs.present() == ["2", "4", "6.abandoned", "8.abandoned", "6.abandoned.2", "8.abandoned.2"]
+
+
+def test_what_was_given_up_is_pruned_first_and_never_taken(runs: Runs) -> None:
+    for iteration in (2, 4, 6):
+        runs.save(iteration)
+    state = runs.start(BACK)
+    prune(runs.root, keep=3)
+    assert runs.present() == ["2", "4", "6.abandoned"]
+    runs.save(5, state=state)
+    (runs.root / "latest").unlink()
+    assert runs.begin().episode == 5
+    prune(runs.root, keep=3)
+    assert runs.present() == ["2", "4", "5"]
+
+
+def test_an_iteration_that_is_not_there_is_refused_with_those_that_are(runs: Runs) -> None:
+    for attempt in (runs.rehearse, runs.begin):
+        with pytest.raises(ConfigError, match="has no such checkpoint; complete ones: none"):
+            attempt(BACK)
+    runs.save(2)
+    runs.save(6)
+    with pytest.raises(ConfigError, match=r"load_data_checkpoint_iteration=4: .* complete ones: 2, 6"):
+        runs.begin(BACK)
+    with pytest.raises(ConfigError, match="enable_resume_training=False not to; leave one of them out"):
+        runs.config(BACK, "runtime_args.enable_resume_training=False")
+
+
+def test_a_run_does_not_give_up_newer_checkpoints_for_a_damaged_one(runs: Runs) -> None:
+    config, layout = runs.config()
+    staging = begin(runs.root, 4)
+    save_run_state(staging, replace(FRESH, episode=4, train_iteration=4))
+    (staging / "model").mkdir()
+    (staging / "model" / "shard").write_text("weights")
+    folder = publish(
+        runs.root, Manifest(4, 4, "b", "A", groupgemm=False, num_ranks=2, origin=origin_of(config, layout))
+    )
+    runs.save(6)
+    (folder / "model" / "shard").write_text("weighty")
+    with pytest.raises(CheckpointError, match="model/shard has checksum"):
+        runs.start(BACK)
+    assert runs.present() == ["4", "6"]
+    assert runs.begin().episode == 6

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from chatlearn.beginning import FRESH
-from chatlearn.checkpoint.layout import DAMAGED, begin, publish, recover, set_aside
+from chatlearn.checkpoint.layout import DAMAGED, begin, called, publish, recover, set_aside
 from chatlearn.checkpoint.manifest import Manifest
 from chatlearn.checkpoint.run_state import RunState, save_run_state
-from chatlearn.checkpoint.selection import choose, put_aside_before
+from chatlearn.checkpoint.selection import choose
 from chatlearn.checkpoint.sharded import load_shards, save_shards
 from chatlearn.errors import DamagedCheckpointError
 
@@ -116,7 +116,7 @@ def test_no_fault_of_any_file_makes_a_wrong_resume(healthy: Path, tmp_path: Path
         # A byte of the manifest may stand between two values, where it means nothing.
         means_nothing = file == "checkpoint.json" and state is not None and state.episode == 2
         assert means_nothing or (state is not None and state.episode == 1), file
-        assert means_nothing or [path.name for path in put_aside_before(root)] == ["2.damaged"], file
+        assert means_nothing or [path.name for path in called(root, DAMAGED)] == ["2.damaged"], file
 
 
 @pytest.mark.parametrize("content", ["", "1", "2\n", "17", "-1", "two", "\x00", None])
@@ -127,7 +127,7 @@ def test_no_content_of_latest_makes_a_wrong_resume(healthy: Path, tmp_path: Path
     state = resume(root)
     assert state is not None
     assert state.episode == (1 if content == "1" else 2)
-    assert put_aside_before(root) == ()
+    assert called(root, DAMAGED) == ()
 
 
 def test_when_all_are_damaged_there_is_none_and_all_stay_for_people(healthy: Path, tmp_path: Path) -> None:
@@ -136,12 +136,12 @@ def test_when_all_are_damaged_there_is_none_and_all_stay_for_people(healthy: Pat
     cut(root / "2" / "run_state.json")
     flip(0.5)(root / "1" / "model" / "__0_0.distcp")
     assert resume(root) is None
-    assert [path.name for path in put_aside_before(root)] == ["1.damaged", "2.damaged"]
+    assert [path.name for path in called(root, DAMAGED)] == ["1.damaged", "2.damaged"]
     assert resume(root) is None
     shutil.copytree(healthy / "2", root / "2")
     cut(root / "2" / "run_state.json")
     assert resume(root) is None
-    assert [path.name for path in put_aside_before(root)] == ["1.damaged", "2.damaged", "2.damaged.2"]
+    assert [path.name for path in called(root, DAMAGED)] == ["1.damaged", "2.damaged", "2.damaged.2"]
 
 
 def test_a_folder_of_somebody_elses_and_one_being_deleted_are_no_damage(healthy: Path, tmp_path: Path) -> None:
