@@ -152,15 +152,17 @@ def ask_again(team: Team, page: Page, prompts: Sequence[Prompt], state: RunState
     ]
 
 
-def evaluate(team: Team, page: Page, episode: int) -> None:
-    """Answer every evaluation prompt with the evaluation's own sampling and random streams."""
+def evaluate(team: Team, page: Page, episode: int) -> dict[str, float]:
+    """Answer every evaluation prompt with the evaluation's own sampling and random streams; returns what came out."""
     if not team.evaluation_prompts:
-        return
+        return {}
     with page.phase("evaluate"):
         seeds = team.seeds(episode, "evaluation")
         asked = team.pipeline.ask_planned(team.evaluation_prompts, team.evaluation_asking, seeds)
         team.pipeline.await_answers(asked, page.progress)
-        page.add(describe_evaluation(team.pipeline.take(asked)))
+        numbers = describe_evaluation(team.pipeline.take(asked))
+        page.add(numbers)
+    return numbers
 
 
 def state_after(state: RunState, num_steps: int, position: StreamPosition) -> RunState:
@@ -168,6 +170,7 @@ def state_after(state: RunState, num_steps: int, position: StreamPosition) -> Ru
     return replace(
         state,
         episode=state.episode + 1,
+        evaluation={},
         train_iteration=state.train_iteration + num_steps,
         policy_version=state.episode + 1,
         epoch=position.epoch,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Final
 
 from chatlearn.asynchronous import Asynchronous
@@ -83,7 +84,7 @@ def turn(team: Team, journal: Journal, schedule: Schedule, state: RunState, epis
         page.add(team.care_numbers())
         if is_due(episode, team.args.eval_episode_interval):
             with suppress(Interrupted):  # The optimizer has stepped: the episode counts, and the loop stops after it.
-                evaluate(team, page, episode)
+                state = replace(state, evaluation=evaluate(team, page, episode))
     if is_save_due(team.args, episode):
         save(team, state, journal)
     return state

@@ -63,7 +63,7 @@ def save(team: Team, state: RunState, journal: Journal) -> None:
     )
     publish(root, manifest)
     save_run_state(team.layout.folders.data_checkpoint, state)
-    prune(root, team.args.keep_checkpoints)
+    prune(root, team.args.keep_checkpoints, team.args.keep_best)
     journal.write(state.episode, {"time/save": time.perf_counter() - begun})
 
 

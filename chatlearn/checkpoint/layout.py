@@ -9,6 +9,7 @@
     200/random/rank_0.pt       random states of each rank
     200/huggingface/           only with save_hf
     latest                     "200"
+    best                       "150": the best one by keep_best, only with it
     195.damaged/               what was found damaged, for people to look at
     205.abandoned/             newer than the checkpoint that somebody sent the run back to
 
@@ -43,9 +44,11 @@ from chatlearn.checkpoint.manifest import (
     link_on_the_way,
     read_manifest,
     record_file,
+    verify_checksums,
     verify_sizes,
     write_manifest,
 )
+from chatlearn.checkpoint.run_state import RUN_STATE_NAME, load_run_state
 from chatlearn.errors import CheckpointError
 
 MODEL_FOLDER = "model"
@@ -53,6 +56,7 @@ OPTIMIZER_FOLDER = "optimizer"
 RANDOM_FOLDER = "random"
 HUGGING_FACE_FOLDER = "huggingface"
 LATEST_NAME = "latest"
+BEST_NAME = "best"
 # A manifest gets this name when its checkpoint is being deleted: from then on the folder is not complete, and a
 # deletion that was cut short can be finished.
 DELETED_NAME = "checkpoint.deleted.json"
@@ -170,20 +174,51 @@ def pointed_at(root: Path) -> float:
     return int(content) if _is_iteration(content) else float("inf")
 
 
-def prune(root: Path, keep: int) -> tuple[Path, ...]:
+def best_complete(root: Path, measure: str) -> Path | None:
+    """The checkpoint whose own episode was evaluated with the highest ``measure``, the newest of several equal ones.
+
+    None where no checkpoint's episode has that number.
+    """
+    rated = [(value, int(folder.name), folder) for folder in list_complete(root) for value in _rating(folder, measure)]
+    return max(rated)[-1] if rated else None
+
+
+def _rating(folder: Path, measure: str) -> list[float]:
+    """The number, if there is one and it is what was saved."""
+    try:
+        verify_checksums(folder, [file for file in read_manifest(folder).files if file.name == RUN_STATE_NAME])
+        evaluation = load_run_state(folder).evaluation
+    except CheckpointError:  # A resume will say so; until then it is one of many.
+        return []
+    return [evaluation[measure]] if measure in evaluation else []
+
+
+def _point_at(root: Path, best: Path | None) -> None:
+    """Let the file ``best`` name that checkpoint; without one there is no such file."""
+    path = root / BEST_NAME
+    if best is None:
+        path.unlink(missing_ok=True)
+    elif not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != f"{best.name}\n":
+        write_text(path, f"{best.name}\n")
+
+
+def prune(root: Path, keep: int, measure: str | None = None) -> tuple[Path, ...]:
     """Delete all complete checkpoints but the newest ``keep`` (0 keeps all); returns the folders deleted.
 
-    Those of an earlier life, which somebody sent the run back from, count as the oldest.
+    With a ``measure`` the best one by it stays too, and the file ``best`` names it. Those of an earlier life, which
+    somebody sent the run back from, count as the oldest.
 
     Only files that a checkpoint's own manifest lists are deleted; a folder with anything else in it stays, without
     being a checkpoint. The one that a resume would take is never deleted.
     """
+    best = None if measure is None else best_complete(root, measure)
+    _point_at(root, best)
     if keep == 0:
         return ()
     pointer = pointed_at(root)
     complete = sorted(list_complete(root), key=lambda folder: (int(folder.name) <= pointer, int(folder.name)))
     abandoned = [folder for folder in called(root, ABANDONED) if (folder / MANIFEST_NAME).is_file()]
-    doomed = tuple([*abandoned, *complete][:-keep])
+    doomed = tuple(folder for folder in [*abandoned, *complete][:-keep] if folder != best)
     for folder in doomed:
         if folder.is_symlink():  # Somebody has put it elsewhere, where nothing is ours to delete.
             continue

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from chatlearn.checkpoint.documents import integer, integers, read_document, require_schema
+from chatlearn.checkpoint.documents import Document, inner, integer, integers, number, read_document, require_schema
 from chatlearn.checkpoint.durable import failures_named, write_text
 
 RUN_STATE_NAME = "run_state.json"
@@ -21,6 +22,7 @@ class RunState:
     ``episode`` and ``train_iteration`` (optimizer steps) count from 0 before training; ``policy_version`` is that of
     the weights saved with it; ``epoch``, ``offset`` and ``deferred`` are the position in the prompt stream;
     ``metrics_bytes`` is the length that ``metrics.jsonl`` had, a fact for tools; a resume cuts that file by step.
+    ``evaluation`` holds the numbers that the finished episode was evaluated with, if it was.
     ``gone_back_to`` is the train iteration that somebody sent the run back to; all later checkpoints carry it.
     """
 
@@ -32,6 +34,7 @@ class RunState:
     metrics_bytes: int
     deferred: tuple[int, ...] = ()
     gone_back_to: int | None = None
+    evaluation: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 def save_run_state(directory: Path, state: RunState) -> None:
@@ -70,4 +73,12 @@ def load_run_state(directory: Path) -> RunState:
         metrics_bytes=integer(document, "metrics_bytes", path),
         deferred=integers(document, "deferred", path),
         gone_back_to=None if document.get("gone_back_to") is None else integer(document, "gone_back_to", path),
+        evaluation=_evaluation(document, path),
     )
+
+
+def _evaluation(document: Document, path: Path) -> dict[str, float]:
+    if document.get("evaluation") is None:
+        return {}
+    numbers = inner(document, "evaluation", path)
+    return {name: number(numbers, name, path) for name in numbers}

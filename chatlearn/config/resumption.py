@@ -236,6 +236,7 @@ VERDICTS: Final[tuple[Verdict, ...]] = (
         "save_episode_interval",
         "capsule_interval",
         "keep_checkpoints",
+        "keep_best",
         "save_rollouts",
     ),
     *_verdicts("harmless", _WRITES, TRAINER, "save_hf"),

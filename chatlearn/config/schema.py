@@ -21,6 +21,7 @@ from chatlearn.config.value_types import (
     Section,
     Text,
     TopK,
+    as_absent,
     as_groups,
     as_switch,
     as_tuple,
@@ -103,6 +104,8 @@ class RuntimeArgs(Section):
     """Write a capsule, which `chatlearn replay` runs again, every so many optimizer steps; 0 only of bad steps."""
     keep_checkpoints: Count = 2
     """How many of the newest checkpoints are kept; 0 keeps all."""
+    keep_best: Annotated[Text | None, BeforeValidator(as_absent)] = None
+    """Keep the checkpoint with the highest value of this number too, such as `eval/arithmetic/avg@8`; absent: none."""
     enable_resume_training: bool = True
     """Continue from the newest complete checkpoint in `output_dir`, if there is one."""
     load_data_checkpoint_iteration: Positive | None = None

@@ -283,3 +283,38 @@ def test_a_run_does_not_give_up_newer_checkpoints_for_a_damaged_one(runs: Runs) 
         runs.start(BACK)
     assert runs.present() == ["4", "6"]
     assert runs.begin().episode == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["runtime_args.save_episode_interval=0"], "needs checkpoints; set runtime_args.save_episode_interval"),
+        (["runtime_args.eval_episode_interval=0"], "needs evaluations; set runtime_args.eval_data_path and"),
+        (
+            [
+                f"runtime_args.{name}"
+                for name in ("save_episode_interval=4", "eval_episode_interval=7", "num_episode=20")
+            ],
+            "none of the 20 episodes is both saved and evaluated",
+        ),
+        (
+            ["runtime_args.eval_samples_per_prompt=4"],
+            "use one of eval/openai/gsm8k/avg@4, eval/eval_openai/gsm8k, eval",
+        ),
+        (["runtime_args.keep_best=eval/arithmetic/avg@1"], "is no number that this run's evaluation has"),
+    ],
+)
+def test_the_best_checkpoint_can_only_be_kept_by_a_number_that_there_will_be(
+    runs: Runs, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    command = ["grpo", "-c", str(ROOT / "template" / "quickstart.yaml"), "--dry-run"]
+    asked = [*runs.words(), "runtime_args.keep_best=eval/openai/gsm8k/avg@1", "runtime_args.eval_samples_per_prompt=1"]
+    assert main([*command, *asked, *overrides]) == 2
+    assert message in capsys.readouterr().err
+    assert main([*command, *asked]) == 0
+
+
+@pytest.mark.parametrize("word", ["False", "null", "0"])
+def test_the_best_checkpoint_is_not_kept_where_that_is_switched_off(runs: Runs, word: str) -> None:
+    config, _ = runs.config(f"runtime_args.keep_best={word}")
+    assert config.runtime_args.keep_best is None

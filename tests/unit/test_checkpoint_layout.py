@@ -15,6 +15,7 @@ from chatlearn.checkpoint.documents import checksum_of
 from chatlearn.checkpoint.durable import REPLACED_PREFIX, STAGING_PREFIX, staging_of
 from chatlearn.checkpoint.layout import begin, latest_complete, list_complete, prune, publish, recover
 from chatlearn.checkpoint.manifest import FileRecord, Manifest, read_manifest, verify_checksums, verify_sizes
+from chatlearn.checkpoint.run_state import RunState, save_run_state
 from chatlearn.errors import CheckpointError
 
 
@@ -29,8 +30,10 @@ def forge(folder: Path, document: dict[str, object]) -> None:
     (folder / "checkpoint.json").write_text(json.dumps({**document, "checksum": checksum_of(document)}))
 
 
-def save(root: Path, iteration: int, content: str = "weights") -> Path:
+def save(root: Path, iteration: int, content: str = "weights", score: float | None = None) -> Path:
     staging = begin(root, iteration)
+    if score is not None:
+        save_run_state(staging, RunState(iteration, iteration, iteration, 0, 0, 0, evaluation={"eval/x/avg@1": score}))
     (staging / "model").mkdir()
     (staging / "model" / "shard").write_text(content)
     return publish(root, manifest_of(iteration))
@@ -159,6 +162,32 @@ def test_prune_deletes_what_the_manifest_lists_and_nothing_else(tmp_path: Path) 
     assert [folder.name for folder in list_complete(tmp_path)] == ["4"]
     assert not (tmp_path / "1").exists()
     assert [path.name for path in (tmp_path / "2").rglob("*") if path.is_file()] == ["notes.txt"]
+
+
+def test_the_best_one_is_never_pruned_and_of_equal_ones_the_newest_is_the_best(tmp_path: Path) -> None:
+    for iteration, score, best, kept in (
+        (1, 0.1, "1\n", ["1"]),
+        (2, 0.5, "2\n", ["2"]),
+        (3, None, "2\n", ["2", "3"]),
+        (4, 0.4, "2\n", ["2", "4"]),
+        (5, 0.5, "5\n", ["5"]),
+        (6, -1.0, "5\n", ["5", "6"]),
+    ):
+        save(tmp_path, iteration, score=score)
+        prune(tmp_path, 1, "eval/x/avg@1")
+        assert (tmp_path / "best").read_text() == best
+        assert [folder.name for folder in list_complete(tmp_path)] == kept
+    prune(tmp_path, 1, "eval/another/avg@1")
+    assert not (tmp_path / "best").exists()
+    assert [folder.name for folder in list_complete(tmp_path)] == ["6"]
+
+
+def test_a_number_that_was_not_saved_makes_no_best_one(tmp_path: Path) -> None:
+    save(tmp_path, 1, score=0.5)
+    state = save(tmp_path, 2, score=0.1) / "run_state.json"
+    state.write_text(state.read_text().replace("0.1", "0.9"))
+    prune(tmp_path, 0, "eval/x/avg@1")
+    assert (tmp_path / "best").read_text() == "1\n"
 
 
 def test_an_interrupted_deletion_is_finished(tmp_path: Path) -> None:
