@@ -59,6 +59,7 @@ def test_a_dry_run_prints_a_configuration_that_can_be_used_again(
     resolved.write_text(printed.out)
     assert read_config(resolved).models.policy.max_response_tokens_length == 64
     assert "32 prompts, 256 answers" in printed.err
+    assert "(all there will be): 3.8 MB; free" in " ".join(printed.err.replace("│", " ").split())
     assert "keys without effect here (see docs/config.md): runtime_args.debug" in printed.err
     assert not (tmp_path / "output").exists()
 
