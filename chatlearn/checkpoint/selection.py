@@ -50,7 +50,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoint to go on from, if there is one, and the damaged ones that are newer, newest first."""
+    """The checkpoint to go on from, if there is one, and all damaged ones that are newer, newest first."""
 
     newest: Saved | None
     damaged: tuple[Damage, ...]
@@ -64,12 +64,16 @@ def choose(root: Path) -> Choice:
     """
     folders = [folder for folder in numbered(root) if was_checkpoint(folder)]
     pointer = pointed_at(root)
+    eligible = [folder for folder in folders if int(folder.name) <= pointer] or folders
     damaged: list[Damage] = []
-    for folder in reversed([folder for folder in folders if int(folder.name) <= pointer] or folders):
+    for folder in reversed(folders):
         try:
-            return Choice(read_saved(folder), tuple(damaged))
+            saved = read_saved(folder)
         except CheckpointError as error:
             damaged.append(Damage(folder, str(error)))
+        else:
+            if folder in eligible:
+                return Choice(saved, tuple(damaged))
     return Choice(None, tuple(damaged))
 
 

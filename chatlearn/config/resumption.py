@@ -64,12 +64,12 @@ VERDICTS: Final[tuple[Verdict, ...]] = (
     *_verdicts(
         "data", "it changes the prompts' tokens, and with their length which there are", POLICY, "enable_thinking"
     ),
+    *_verdicts("data", "weights were trained from another model, and prompts cut into its tokens", TRAINER, "load"),
     # What the counters and the trained weights are of.
     *_verdicts("harmful", "prompts and steps of an episode follow from it", RUNTIME, "sample_per_episode"),
     *_verdicts("harmful", "steps of an episode follow from it", RUNTIME, "num_training_epoch"),
     *_verdicts("harmful", "it is the batch of an optimizer step", RUNTIME, "train_global_batch_size"),
     *_verdicts("harmful", "it is the group that is compared", POLICY, "num_inference_per_prompt"),
-    *_verdicts("harmful", "the saved weights were trained from another model", TRAINER, "load"),
     *_verdicts("harmful", "the saved adapter is of another kind", LORA, "rank", "alpha"),
     *_verdicts("content", "the adapted layers are compared with those in the checkpoint", LORA, "target_modules"),
     # What the user wants of the episodes to come.

@@ -158,6 +158,19 @@ def test_a_folder_of_somebody_elses_and_one_being_deleted_are_no_damage(healthy:
     assert choice.damaged == ()
 
 
+def test_a_damaged_one_that_latest_passes_over_will_not_be_in_the_way_of_the_next_save(
+    healthy: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(healthy, root)
+    (root / "latest").write_text("1")
+    (root / "2" / "checkpoint.json").write_text("{")
+    state = resume(root)
+    assert state is not None
+    assert state.episode == 1
+    assert begin(root, 2).is_dir()
+
+
 def test_a_folder_that_was_renamed_is_damage(healthy: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(healthy, root)
