@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from chatlearn.checkpoint.adapters import AdapterRecord, require_same_adapter
 from chatlearn.checkpoint.durable import write_text
-from chatlearn.checkpoint.layout import checkpoint_folder, latest_complete, recover
-from chatlearn.checkpoint.manifest import read_manifest
-from chatlearn.checkpoint.run_state import RunState, load_run_state
+from chatlearn.checkpoint.layout import ABANDONED, DAMAGED, called, checkpoint_folder, list_complete, recover, set_aside
+from chatlearn.checkpoint.run_state import CONFIG_NAME, RunState
+from chatlearn.checkpoint.selection import Choice, Saved, choose, newer_than, read_chosen
 from chatlearn.config.layout import Layout
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.config.text import resolved_text
-from chatlearn.errors import ConfigError
+from chatlearn.continuation import compare, origin_of, problems_of, remarks_of
+from chatlearn.errors import CheckpointError, ConfigError
 from chatlearn.observability.journal import Journal
 from chatlearn.observability.manifest import RunFacts, write_manifest
 from chatlearn.recipe import lora_spec
@@ -27,40 +29,116 @@ FRESH = RunState(episode=0, train_iteration=0, policy_version=0, epoch=0, offset
 
 
 def beginning(config: GrpoConfig, layout: Layout) -> RunState:
-    """Where the run begins, after what an earlier one was in the middle of has been finished."""
-    recover(layout.folders.save_model)
-    return state_found(config, layout)
+    """Where the run begins, after what an earlier one was in the middle of has been finished.
+
+    Damaged checkpoints that are newer get another name, which is said, and the run goes on from the one before.
+    """
+    root = layout.folders.save_model
+    recover(root)
+    choice = choose(root)
+    for damage in choice.damaged:
+        put_aside(damage.folder, damage.reason)
+    return _state_in(config, layout, choice)
 
 
 def state_found(config: GrpoConfig, layout: Layout) -> RunState:
-    """The state in the newest complete checkpoint, or a fresh one; only reads, so that a dry run disturbs nobody.
+    """As ``beginning``, and only reads, so that a dry run disturbs nobody."""
+    choice = choose(layout.folders.save_model)
+    for damage in choice.damaged:
+        announce(f"the checkpoint {damage.folder} is damaged, and a run would put it aside: {damage.reason}")
+    return _state_in(config, layout, choice)
 
-    Raises ``ConfigError`` when resuming is switched off and the output directory holds checkpoints of another run, and
-    ``CheckpointError`` when what was trained there is not what is to be trained now.
+
+def put_aside(folder: Path, reason: str) -> None:
+    """Take a damaged checkpoint out of the way, and say so; nothing of it is deleted."""
+    announce(f"a damaged checkpoint is put aside as {set_aside(folder, DAMAGED)}: {reason}")
+
+
+def _state_in(config: GrpoConfig, layout: Layout, choice: Choice) -> RunState:
+    """The state in the checkpoint to go on from, or a fresh one.
+
+    Raises ``ConfigError`` when resuming is switched off and the output directory holds checkpoints of another run, or
+    when data, model or batch are not those of the checkpoint; ``CheckpointError`` when all are damaged, or when what
+    was trained there is not what is to be trained now.
     """
-    newest = latest_complete(layout.folders.save_model)
-    if newest is None:
+    saved = _chosen(config, layout, choice.newest)
+    if saved is None:
+        _require_none_lost(layout.folders.save_model, choice)
         return FRESH
     if not config.runtime_args.enable_resume_training:
         raise ConfigError(
-            f"runtime_args.output_dir={config.runtime_args.output_dir} holds the checkpoint {newest.name} of an "
+            f"runtime_args.output_dir={config.runtime_args.output_dir} holds the checkpoint {saved.folder.name} of an "
             "earlier run, and runtime_args.enable_resume_training=False; choose another output_dir, "
             "or let the run continue"
         )
-    manifest, base = read_manifest(newest), Path(layout.trainer.load)
-    require_same_adapter(newest, manifest.adapter, AdapterRecord.of(lora_spec(config), base), manifest.base_model)
-    return load_run_state(newest)
+    state = _continued(config, layout, saved)
+    manifest, base = saved.manifest, Path(layout.trainer.load)
+    require_same_adapter(saved.folder, manifest.adapter, AdapterRecord.of(lora_spec(config), base), manifest.base_model)
+    return state
+
+
+def _chosen(config: GrpoConfig, layout: Layout, newest: Saved | None) -> Saved | None:
+    """The newest checkpoint that can be believed, or the one that the user sends the run back to.
+
+    A run goes back once: what it saves from then on says so, and the same command, after a crash, goes on from there.
+    """
+    goal, root = config.runtime_args.load_data_checkpoint_iteration, layout.folders.save_model
+    if goal is None:
+        return newest
+    if newest is not None and newest.state.gone_back_to == goal:
+        announce(f"the run has gone back to checkpoint {goal} before; it goes on from what it saved since")
+        return newest
+    chosen = read_chosen(root, goal)
+    newer = [folder.name for folder in newer_than(root, goal)]
+    if newer:
+        announce(f"going back to checkpoint {goal}; newer ones are put aside when the run starts: {', '.join(newer)}")
+    return replace(chosen, state=replace(chosen.state, gone_back_to=goal))
+
+
+def _continued(config: GrpoConfig, layout: Layout, saved: Saved) -> RunState:
+    """The saved state, once the configuration has been compared with the one that it was saved with."""
+    comparison = compare(saved, config, origin_of(config, layout))
+    if comparison is None:
+        announce(f"{saved.folder} holds no {CONFIG_NAME} (an older version saved it): configurations are not compared")
+        return saved.state
+    if comparison.harmful and not config.runtime_args.resume_anyway:
+        raise ConfigError(*problems_of(saved, comparison))
+    for line in remarks_of(saved, comparison):
+        announce(line)
+    if comparison.moves_data:
+        return replace(saved.state, offset=0, deferred=(), open_groups=())
+    if comparison.harmful:  # What is under way was asked in another way: it is asked anew, as by another schedule.
+        return replace(saved.state, schedule="")
+    return saved.state
+
+
+def _require_none_lost(root: Path, choice: Choice) -> None:
+    """A run whose checkpoints are all damaged must not begin anew as if there had been none."""
+    unmoved = [damage.folder for damage in choice.damaged if damage.folder.exists()]
+    lost = [path.name for path in (*called(root, DAMAGED), *unmoved)]
+    if not lost:
+        return
+    newer = [folder.name for folder in list_complete(root)]
+    others = f"; newer than its file 'latest' says, and complete: {', '.join(newer)}" if newer else ""
+    raise CheckpointError(
+        f"{root}: no complete checkpoint is left to go on from; damaged: {', '.join(lost)}{others}. Put back a copy of "
+        "one under its number, choose one with runtime_args.load_data_checkpoint_iteration, or move these folders away "
+        "to begin anew"
+    )
 
 
 def announce(text: str) -> None:
     """Tell something that belongs to no journal."""
-    Console(stderr=True, highlight=False).print(text)
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
 
 
 @contextmanager
 def open_journal(config: GrpoConfig, layout: Layout, state: RunState) -> Generator[Journal]:
     """Write what the run is made of, and open its journal after the last episode that counts."""
     output, runtime = layout.folders.output, config.runtime_args
+    if state.gone_back_to == state.train_iteration:  # Metrics of what is given up are forgotten below, too.
+        for folder in newer_than(layout.folders.save_model, state.train_iteration):
+            set_aside(folder, ABANDONED)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "config.yaml", resolved_text(config))
     data = [*runtime.data_path.split(","), *(runtime.eval_data_path or "").split(",")]

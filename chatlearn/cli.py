@@ -130,20 +130,24 @@ def check(config: GrpoConfig, environment: Environment) -> Layout:
         raise ConfigError(*problems) from error
     if problems:
         raise ConfigError(*problems)
+    from chatlearn.disk_room import check_disk_room
     from chatlearn.host_memory import check_host_memory
     from chatlearn.inspection import check_models, check_names
 
     check_models(config, layout)
     check_names(config)
     check_host_memory(config, layout)
+    check_disk_room(config, layout)
     return layout
 
 
 def rehearse(config: GrpoConfig, layout: Layout) -> None:
-    """What a run does before its cluster: find where to begin, read the data. Nothing is written."""
+    """What a run does before its cluster: see who is there, find where to begin, read the data. Nothing is written."""
     from chatlearn.beginning import state_found
+    from chatlearn.checkpoint.run_lock import require_free
     from chatlearn.questions import read_questions
 
+    require_free(layout.folders.output)
     state_found(config, layout)
     read_questions(config)
 
@@ -152,9 +156,10 @@ def show_plan(config: GrpoConfig, layout: Layout) -> None:
     """The configuration on standard output, ready to be a file again; the numbers on standard error."""
     typer.echo(resolved_text(config), nl=False)
     table = Table("what", "how", title="Plan (nothing was started)", title_justify="left")
+    from chatlearn.disk_room import disk_room_rows
     from chatlearn.host_memory import host_memory_rows
 
-    for what, how in (*summary_rows(layout), *host_memory_rows(config, layout)):
+    for what, how in (*summary_rows(layout), *host_memory_rows(config, layout), *disk_room_rows(config, layout)):
         table.add_row(what, how)
     Console(stderr=True).print(table)
 

@@ -6,6 +6,7 @@ A schedule decides when answers are asked for and which of them an episode learn
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 from typing import ClassVar, Protocol
 
@@ -163,28 +164,31 @@ def ask_anew(team: Team, open_groups: Sequence[OpenGroup]) -> None:
     team.prompts.give_back(untouched)
 
 
-def evaluate(team: Team, page: Page, episode: int) -> None:
-    """Answer every evaluation prompt with the evaluation's own sampling and random streams."""
+def evaluate(team: Team, page: Page, episode: int) -> dict[str, float]:
+    """Answer every evaluation prompt with the evaluation's own sampling and random streams; returns what came out."""
     if not team.evaluation_prompts:
-        return
+        return {}
     with page.phase("evaluate"):
         seeds = team.seeds(episode, "evaluation")
         asked = team.pipeline.ask_planned(team.evaluation_prompts, team.evaluation_asking, seeds)
         team.pipeline.await_answers(asked, page.progress)
-        page.add(describe_evaluation(team.pipeline.take(asked)))
+        numbers = describe_evaluation(team.pipeline.take(asked))
+        page.add(numbers)
+    return numbers
 
 
 def state_after(
     state: RunState, num_steps: int, position: StreamPosition, open_groups: Sequence[OpenGroup] = ()
 ) -> RunState:
     """Where the next episode begins: this one counts, and its weights are published under its number."""
-    return RunState(
+    return replace(
+        state,
         episode=state.episode + 1,
+        evaluation={},
         train_iteration=state.train_iteration + num_steps,
         policy_version=state.episode + 1,
         epoch=position.epoch,
         offset=position.offset,
         deferred=position.deferred,
-        metrics_bytes=state.metrics_bytes,
         open_groups=tuple(open_groups),
     )

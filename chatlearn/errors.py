@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class ChatLearnError(Exception):
     """Anything that ChatLearn reports to a person as one readable message instead of a traceback."""
@@ -70,3 +72,15 @@ class WeightTransferError(RunError):
 
 class CheckpointError(RunError):
     """A checkpoint is missing, incomplete or damaged; the message names the folder and what is wrong with it."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """What lies in ``folder`` is not what was saved there; an earlier checkpoint may do."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        self.folder = folder
+        self.reason = reason
+        super().__init__(reason)
+
+    def __reduce__(self) -> tuple[type[DamagedCheckpointError], tuple[Path, str]]:
+        return type(self), (self.folder, self.reason)

@@ -15,14 +15,16 @@ from dataclasses import replace
 from typing import ClassVar, Final
 
 from chatlearn.asynchronous import Asynchronous
-from chatlearn.beginning import announce, beginning, open_journal, resume
+from chatlearn.beginning import announce, beginning, open_journal, put_aside, resume
+from chatlearn.checkpoint.run_lock import hold_directory
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.interruption import Interrupted, Interruption
 from chatlearn.config.environment import Environment
-from chatlearn.config.layout import layout_of
+from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.schedule import ScheduleName, schedule_name
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.episode import Schedule, ask_anew, evaluate, examine, judge, publish, state_after, study
+from chatlearn.errors import DamagedCheckpointError
 from chatlearn.observability.journal import Journal, Page
 from chatlearn.one_step_off import OneStepOff
 from chatlearn.over_sampling import OverSampling
@@ -36,6 +38,17 @@ from chatlearn.team import Team, gather
 def run(config: GrpoConfig) -> None:
     """Train until ``num_episode``; go on where an earlier run with the same ``output_dir`` stopped."""
     layout = layout_of(config, Environment.read())
+    with hold_directory(layout.folders.output, announce):
+        while True:
+            try:
+                train(config, layout)
+                break
+            except DamagedCheckpointError as damage:  # The ranks have found it: once more, from the one before.
+                put_aside(damage.folder, damage.reason)
+
+
+def train(config: GrpoConfig, layout: Layout) -> None:
+    """The run itself, by the one process that may write into its directory."""
     state = beginning(config, layout)
     if state.episode >= config.runtime_args.num_episode:
         announce(f"finished at {state.episode}")
@@ -83,7 +96,7 @@ def turn(team: Team, journal: Journal, schedule: Schedule, state: RunState, epis
         page.add(team.care_numbers())
         if is_due(episode, team.args.eval_episode_interval):
             with suppress(Interrupted):  # The optimizer has stepped: the episode counts, and the loop stops after it.
-                evaluate(team, page, episode)
+                state = replace(state, evaluation=evaluate(team, page, episode))
     if is_save_due(team.args, episode):
         save(team, state, journal)
     return state

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.data.prompts import ChatFormat, PromptSet, read_prompts
+from chatlearn.errors import ConfigError
 from chatlearn.models.pretrained import read_tokenizer
+from chatlearn.observability.describe import grades
 from chatlearn.reward.grade import require_rewards
 
 
@@ -39,4 +41,16 @@ def read_questions(config: GrpoConfig) -> Questions:
         evaluation=None if evaluation is None else read_prompts(evaluation, chat, limit),
     )
     require_rewards(questions.sources, config.models.reward.function)
+    _require_measured(config, questions)
     return questions
+
+
+def _require_measured(config: GrpoConfig, questions: Questions) -> None:
+    """The number that decides which checkpoint is the best must be one that an evaluation will have."""
+    asked, prompts = config.runtime_args.keep_best, questions.evaluation.prompts if questions.evaluation else ()
+    num_samples = config.runtime_args.eval_samples_per_prompt
+    names = [name for source in sorted({prompt.source for prompt in prompts}) for name in grades(source, num_samples)]
+    if asked is not None and asked not in names:
+        raise ConfigError(
+            f"runtime_args.keep_best={asked} is no number that this run's evaluation has; use one of {', '.join(names)}"
+        )

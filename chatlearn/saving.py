@@ -17,7 +17,8 @@ from chatlearn.checkpoint.layout import (
     publish,
 )
 from chatlearn.checkpoint.manifest import FileRecord, Manifest
-from chatlearn.checkpoint.run_state import RunState, save_counters, save_run_state
+from chatlearn.checkpoint.room import require_room
+from chatlearn.checkpoint.run_state import RunState, save_config, save_counters, save_run_state
 from chatlearn.cluster.archive import Draft
 from chatlearn.cluster.exporter import Export
 from chatlearn.config.schema import RuntimeArgs
@@ -46,8 +47,10 @@ def save(team: Team, state: RunState, journal: Journal) -> None:
             return
         state = replace(state, metrics_bytes=journal.metrics_bytes)
         try:
+            require_room(root, team.checkpoint_bytes)
             staging = begin(root, state.train_iteration)
             save_run_state(staging, state)
+            save_config(staging, team.config_text)
         except CheckpointError as error:
             team.archive.mourn(state.train_iteration, error)
         else:
@@ -67,12 +70,13 @@ def _draft(team: Team, state: RunState, staging: Path) -> Draft:
         groupgemm=team.layout.trainer.groupgemm,
         num_ranks=team.layout.trainer.num_ranks,
         adapter=adapter,
+        origin=team.origin,
     )
 
     def complete(files: Sequence[FileRecord]) -> None:
         publish(root, replace(manifest, files=tuple(files)))
         save_counters(team.layout.folders.data_checkpoint, state)
-        prune(root, team.args.keep_checkpoints)
+        prune(root, team.args.keep_checkpoints, team.args.keep_best)
 
     export = Export(base, adapter) if team.saves_hugging_face else None
     return Draft(state.train_iteration, staging, export, complete)
@@ -97,7 +101,7 @@ def finish_capsule(team: Team, page: Page, samples: Sequence[Sample], facts: cap
         raise RunError(
             f"the gradients of the last {MAX_BAD_STEPS} optimizer steps, up to step {facts.iteration}, are not finite, "
             f"and the steps were skipped; chatlearn replay {folder} names the parameters. Lower "
-            "models.policy_trainer.optimizer.lr, or go back to an earlier checkpoint by removing newer ones"
+            "models.policy_trainer.optimizer.lr, or go back with runtime_args.load_data_checkpoint_iteration"
         )
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from chatlearn import specs
 from chatlearn.algorithm.advantage import ADVANTAGES, AdvantageFn
+from chatlearn.checkpoint.adapters import base_digest
+from chatlearn.checkpoint.manifest import Origin
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.archive import Archive
 from chatlearn.cluster.cluster import Cluster, ClusterSpec
@@ -24,6 +27,7 @@ from chatlearn.config.resolve import resolve
 from chatlearn.config.schema import GrpoConfig, RuntimeArgs
 from chatlearn.config.text import resolved_text
 from chatlearn.data.stream import PromptStream, StreamPosition
+from chatlearn.disk_room import size_of_checkpoint
 from chatlearn.models.lora import LoraSpec
 from chatlearn.observability.journal import Journal
 from chatlearn.questions import Questions
@@ -65,6 +69,8 @@ class Team:
     replays_routes: bool
     config_text: str
     lora: LoraSpec | None
+    origin: Origin
+    checkpoint_bytes: int
 
     def seeds(self, episode: int, purpose: SamplingPurpose) -> list[int]:
         """One seed for each engine: training and evaluation never share a random stream."""
@@ -136,6 +142,8 @@ def gather(
             replays_routes=config.models.policy_trainer.router_replay is True,
             config_text=resolved_text(config),
             lora=lora_spec(config),
+            origin=Origin(questions.training.content_hash, base_digest(Path(layout.trainer.load))),
+            checkpoint_bytes=size_of_checkpoint(config, layout).total,
         )
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Final, TypeVar, cast
 
 from chatlearn.errors import CheckpointError
 
 Document = Mapping[str, object]
 Item = TypeVar("Item")
+
+CHECKSUM: Final = "checksum"  # the key of a document's own checksum
 
 
 def read_document(path: Path) -> Document:
@@ -97,8 +100,24 @@ def objects(document: Document, key: str, path: Path) -> list[Document]:
     return cast("list[Document]", items)  # checked one by one above
 
 
-def require_schema(document: Document, known: int, path: Path) -> None:
-    """Refuse a file that another version of ChatLearn wrote in a form that this one does not know."""
+def require_schema(document: Document, known: int, path: Path, oldest: int | None = None) -> None:
+    """Refuse a file that another version of ChatLearn wrote in a form that this one does not know.
+
+    Versions from ``oldest`` (absent: ``known``) to ``known`` are read.
+    """
     schema = integer(document, "schema_version", path)
-    if schema != known:
+    if not (known if oldest is None else oldest) <= schema <= known:
         raise CheckpointError(f"{path}: schema_version is {schema}; this ChatLearn reads version {known}")
+
+
+def checksum_of(document: Document) -> str:
+    """CRC-32 of a JSON object's content, without its own ``checksum``; spaces and the order of keys do not count."""
+    rest = {key: value for key, value in document.items() if key != CHECKSUM}
+    return f"{zlib.crc32(json.dumps(rest, sort_keys=True).encode()):08x}"
+
+
+def require_checksum(document: Document, path: Path) -> None:
+    """Refuse a document that is not what was written, though it may read well."""
+    said, found = text(document, CHECKSUM, path), checksum_of(document)
+    if said != found:
+        raise CheckpointError(f"{path}: its content has checksum {found} instead of {said}; the file is damaged")

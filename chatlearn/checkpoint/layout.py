@@ -4,10 +4,14 @@
 
     200/checkpoint.json        manifest; written last
     200/run_state.json         counters and position in the data
+    200/config.yaml            the configuration it was trained with
     200/model/  optimizer/     shards of torch.distributed.checkpoint
     200/random/rank_0.pt       random states of each rank
     200/huggingface/           only with save_hf
     latest                     "200"
+    best                       "150": the best one by keep_best, only with it
+    195.damaged/               what was found damaged, for people to look at
+    205.abandoned/             newer than the checkpoint that somebody sent the run back to
 
 Saving is ``begin`` on the driver, ``save_shards`` on every rank, ``publish`` on the driver: the folder gets its name
 in one rename, and ``latest`` follows.
@@ -15,7 +19,9 @@ in one rename, and ``latest`` follows.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from chatlearn.checkpoint.durable import (
@@ -28,17 +34,21 @@ from chatlearn.checkpoint.durable import (
     publish_folder,
     recover_folder,
     staging_of,
+    sync,
     write_text,
 )
 from chatlearn.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
     Manifest,
+    link_on_the_way,
     read_manifest,
     record_file,
+    verify_checksums,
     verify_sizes,
     write_manifest,
 )
+from chatlearn.checkpoint.run_state import RUN_STATE_NAME, load_run_state
 from chatlearn.errors import CheckpointError
 
 MODEL_FOLDER = "model"
@@ -46,9 +56,15 @@ OPTIMIZER_FOLDER = "optimizer"
 RANDOM_FOLDER = "random"
 HUGGING_FACE_FOLDER = "huggingface"
 LATEST_NAME = "latest"
+BEST_NAME = "best"
 # A manifest gets this name when its checkpoint is being deleted: from then on the folder is not complete, and a
 # deletion that was cut short can be finished.
 DELETED_NAME = "checkpoint.deleted.json"
+# Endings of folders that no run goes on from. Damaged ones are deleted by people only.
+DAMAGED = "damaged"
+# Checkpoints that are newer than the one that somebody sent the run back to. They are the first to be pruned.
+ABANDONED = "abandoned"
+_ASIDE = re.compile(rf"[0-9]+\.({DAMAGED}|{ABANDONED})(\.[0-9]+)?")
 
 
 def checkpoint_folder(root: Path, iteration: int) -> Path:
@@ -70,6 +86,8 @@ def begin(root: Path, iteration: int) -> Path:
 
 
 def _require_checkpoint(final: Path) -> None:
+    if final.is_symlink():
+        raise CheckpointError(f"{final}: in the way of a new checkpoint, and a link; move it away")
     try:
         read_manifest(final)
     except CheckpointError as error:
@@ -112,10 +130,11 @@ def _measured(staging: Path, name: str, reported: dict[str, FileRecord]) -> File
 
 def list_complete(root: Path) -> tuple[Path, ...]:
     """The complete checkpoints below ``root`` by rising iteration (manifest readable, every file in full length)."""
-    return tuple(folder for folder in _numbered(root) if _is_complete(folder))
+    return tuple(folder for folder in numbered(root) if _is_complete(folder))
 
 
-def _numbered(root: Path) -> list[Path]:
+def numbered(root: Path) -> list[Path]:
+    """Every folder below ``root`` that is called as a checkpoint is, by rising iteration."""
     if not root.is_dir():
         return []
     folders = [path for path in root.iterdir() if path.is_dir() and _is_iteration(path.name)]
@@ -140,13 +159,13 @@ def latest_complete(root: Path) -> Path | None:
     Newer folders than ``latest`` names belong to an earlier life of the run, which went back from there.
     """
     complete = list_complete(root)
-    eligible = [folder for folder in complete if int(folder.name) <= _pointer(root)]
+    eligible = [folder for folder in complete if int(folder.name) <= pointed_at(root)]
     if eligible:
         return eligible[-1]
     return complete[-1] if complete else None
 
 
-def _pointer(root: Path) -> float:
+def pointed_at(root: Path) -> float:
     """The iteration in ``latest``; infinity where the file is absent or unreadable, so that the newest counts."""
     path = root / LATEST_NAME
     if not path.is_file():
@@ -155,18 +174,54 @@ def _pointer(root: Path) -> float:
     return int(content) if _is_iteration(content) else float("inf")
 
 
-def prune(root: Path, keep: int) -> tuple[Path, ...]:
+def best_complete(root: Path, measure: str) -> Path | None:
+    """The checkpoint whose own episode was evaluated with the highest ``measure``, the newest of several equal ones.
+
+    None where no checkpoint's episode has that number.
+    """
+    rated = [(value, int(folder.name), folder) for folder in list_complete(root) for value in _rating(folder, measure)]
+    return max(rated)[-1] if rated else None
+
+
+def _rating(folder: Path, measure: str) -> list[float]:
+    """The number, if there is one and it is what was saved."""
+    try:
+        verify_checksums(folder, [file for file in read_manifest(folder).files if file.name == RUN_STATE_NAME])
+        evaluation = load_run_state(folder).evaluation
+    except CheckpointError:  # A resume will say so; until then it is one of many.
+        return []
+    return [evaluation[measure]] if measure in evaluation else []
+
+
+def _point_at(root: Path, best: Path | None) -> None:
+    """Let the file ``best`` name that checkpoint; without one there is no such file."""
+    path = root / BEST_NAME
+    if best is None:
+        path.unlink(missing_ok=True)
+    elif not path.is_file() or path.read_text(encoding="utf-8", errors="replace") != f"{best.name}\n":
+        write_text(path, f"{best.name}\n")
+
+
+def prune(root: Path, keep: int, measure: str | None = None) -> tuple[Path, ...]:
     """Delete all complete checkpoints but the newest ``keep`` (0 keeps all); returns the folders deleted.
+
+    With a ``measure`` the best one by it stays too, and the file ``best`` names it. Those of an earlier life, which
+    somebody sent the run back from, count as the oldest.
 
     Only files that a checkpoint's own manifest lists are deleted; a folder with anything else in it stays, without
     being a checkpoint. The one that a resume would take is never deleted.
     """
+    best = None if measure is None else best_complete(root, measure)
+    _point_at(root, best)
     if keep == 0:
         return ()
-    pointer = _pointer(root)
+    pointer = pointed_at(root)
     complete = sorted(list_complete(root), key=lambda folder: (int(folder.name) <= pointer, int(folder.name)))
-    doomed = tuple(complete[:-keep])
+    abandoned = [folder for folder in called(root, ABANDONED) if (folder / MANIFEST_NAME).is_file()]
+    doomed = tuple(folder for folder in [*abandoned, *complete][:-keep] if folder != best)
     for folder in doomed:
+        if folder.is_symlink():  # Somebody has put it elsewhere, where nothing is ours to delete.
+            continue
         (folder / MANIFEST_NAME).rename(folder / DELETED_NAME)
         _delete_listed(folder)
     return doomed
@@ -175,12 +230,29 @@ def prune(root: Path, keep: int) -> tuple[Path, ...]:
 def _delete_listed(folder: Path) -> None:
     """Delete what the renamed manifest of ``folder`` lists, then the manifest, then folders that are empty."""
     for record in read_manifest(folder, DELETED_NAME).files:
-        (folder / record.name).unlink(missing_ok=True)
+        if link_on_the_way(folder, record.name) is None:
+            (folder / record.name).unlink(missing_ok=True)
     (folder / DELETED_NAME).unlink()
-    below = [path for path in folder.rglob("*") if path.is_dir()]
+    below = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
     for path in [*sorted(below, reverse=True), folder]:
         if not any(path.iterdir()):
             path.rmdir()
+
+
+def called(root: Path, ending: str) -> tuple[Path, ...]:
+    """The folders below ``root`` that ``set_aside`` gave this ending, by rising iteration."""
+    named = [path for path in root.glob(f"*.{ending}*") if _ASIDE.fullmatch(path.name) and path.is_dir()]
+    return tuple(sorted(named, key=lambda path: (int(path.name.split(".")[0]), path.name)))
+
+
+def set_aside(folder: Path, ending: str) -> Path:
+    """Give a checkpoint a name that no run looks for, such as ``200.damaged``; returns its new place."""
+    names = (f"{folder.name}.{ending}" + (f".{number}" if number > 1 else "") for number in count(1))
+    aside = next(path for name in names if not (path := folder.with_name(name)).exists())
+    with failures_named(folder):
+        folder.rename(aside)
+        sync(folder.parent)
+    return aside
 
 
 def recover(root: Path) -> None:
@@ -197,6 +269,14 @@ def recover(root: Path) -> None:
             iteration = staging.name.removeprefix(STAGING_PREFIX)
             if _is_iteration(iteration) and staging.is_dir() and not staging.is_symlink():
                 discard_staging(root / iteration)
-        for folder in _numbered(root):
+        for folder in (*numbered(root), *called(root, ABANDONED)):
             if (folder / DELETED_NAME).is_file():
-                _delete_listed(folder)
+                _finish_deletion(folder)
+
+
+def _finish_deletion(folder: Path) -> None:
+    """Where the list of what to delete is damaged too, the folder is left to people."""
+    try:
+        _delete_listed(folder)
+    except CheckpointError:
+        set_aside(folder, DAMAGED)

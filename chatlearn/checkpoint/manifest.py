@@ -1,6 +1,7 @@
 """What a checkpoint says about itself: where it comes from, and every file with its size and checksum.
 
-The manifest is written last. A folder without one is not a checkpoint.
+The manifest is written last. A folder without one is not a checkpoint. It has a checksum of itself, so that it can be
+believed about the checksums of all other files.
 """
 
 from __future__ import annotations
@@ -11,12 +12,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from chatlearn.checkpoint.adapters import AdapterRecord, read_adapter
-from chatlearn.checkpoint.documents import Document, flag, integer, objects, read_document, require_schema, text
+from chatlearn.checkpoint.documents import (
+    CHECKSUM,
+    Document,
+    checksum_of,
+    flag,
+    inner,
+    integer,
+    objects,
+    read_document,
+    require_checksum,
+    require_schema,
+    text,
+)
 from chatlearn.checkpoint.durable import checksum, write_text
 from chatlearn.errors import CheckpointError
 
 MANIFEST_NAME = "checkpoint.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDEST_SCHEMA = 1  # without a checksum of itself
 
 
 @dataclass(frozen=True)
@@ -29,12 +43,20 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a run is made from, by content and not by path: the training data, and the weights of the base model."""
+
+    data_hash: str
+    base_digest: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The facts about one checkpoint.
 
     ``base_model`` is the model directory that training started from, ``architecture`` the class name in its
     ``config.json``, ``groupgemm`` whether experts ran as grouped matrix products, ``num_ranks`` the saving ranks,
-    ``adapter`` what was trained where it was not the model itself.
+    ``adapter`` what was trained where it was not the model itself; older ones know no ``origin``.
     """
 
     iteration: int
@@ -45,6 +67,7 @@ class Manifest:
     num_ranks: int
     files: tuple[FileRecord, ...] = ()
     adapter: AdapterRecord | None = None
+    origin: Origin | None = None
 
 
 def record_file(directory: Path, name: str) -> FileRecord:
@@ -56,6 +79,7 @@ def record_file(directory: Path, name: str) -> FileRecord:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write ``manifest``, which makes the folder complete."""
     document = {"schema_version": SCHEMA_VERSION, **asdict(manifest)}
+    document[CHECKSUM] = checksum_of(document)
     write_text(directory / MANIFEST_NAME, json.dumps(document, indent=1) + "\n")
 
 
@@ -65,7 +89,9 @@ def read_manifest(directory: Path, name: str = MANIFEST_NAME) -> Manifest:
         raise CheckpointError(f"{directory}: no such checkpoint folder")
     path = directory / name
     document = read_document(path)
-    require_schema(document, SCHEMA_VERSION, path)
+    require_schema(document, SCHEMA_VERSION, path, oldest=OLDEST_SCHEMA)
+    if integer(document, "schema_version", path) > OLDEST_SCHEMA or CHECKSUM in document:
+        require_checksum(document, path)
     return Manifest(
         iteration=integer(document, "iteration", path),
         episode=integer(document, "episode", path),
@@ -75,6 +101,7 @@ def read_manifest(directory: Path, name: str = MANIFEST_NAME) -> Manifest:
         num_ranks=integer(document, "num_ranks", path),
         files=read_files(document, path),
         adapter=read_adapter(document, path),
+        origin=_read_origin(document, path),
     )
 
 
@@ -90,6 +117,13 @@ def read_files(document: Document, path: Path) -> tuple[FileRecord, ...]:
     )
 
 
+def _read_origin(document: Document, path: Path) -> Origin | None:
+    if document.get("origin") is None:
+        return None
+    record = inner(document, "origin", path)
+    return Origin(text(record, "data_hash", path), text(record, "base_digest", path))
+
+
 def _inner_name(name: str, path: Path) -> str:
     """``name`` if it stays inside the folder: files are read and deleted by it."""
     pure = PurePosixPath(name)
@@ -98,11 +132,24 @@ def _inner_name(name: str, path: Path) -> str:
     return name
 
 
+def link_on_the_way(directory: Path, name: str) -> Path | None:
+    """The first symbolic link on the way to ``name``: behind it lies what does not belong to the checkpoint."""
+    path = directory
+    for part in PurePosixPath(name).parts:
+        path = path / part
+        if path.is_symlink():
+            return path
+    return None
+
+
 def verify_sizes(directory: Path) -> Manifest:
     """Read the manifest and check that every file is there in full length; cheap, and finds what a crash leaves."""
     manifest = read_manifest(directory)
     for record in manifest.files:
         path = directory / record.name
+        link = link_on_the_way(directory, record.name)
+        if link is not None:
+            raise CheckpointError(f"{link}: is a link, and a checkpoint consists of files; put the files in its place")
         if not path.is_file():
             raise CheckpointError(f"{directory}: {record.name} is missing; the checkpoint is incomplete")
         size = path.stat().st_size
@@ -116,7 +163,10 @@ def verify_sizes(directory: Path) -> Manifest:
 def verify_checksums(directory: Path, files: Iterable[FileRecord]) -> None:
     """Read ``files`` through and compare their checksums; finds single flipped bits (about 4 GB/s from memory)."""
     for record in files:
-        found = checksum(directory / record.name)
+        try:
+            found = checksum(directory / record.name)
+        except OSError as error:
+            raise CheckpointError(f"{directory}: {record.name} cannot be read: {error}") from error
         if found != record.crc32:
             raise CheckpointError(
                 f"{directory}: {record.name} has checksum {found} instead of {record.crc32}; the checkpoint is damaged"

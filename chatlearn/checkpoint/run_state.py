@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from chatlearn.checkpoint.documents import integer, integers, read_document, require_schema, text
+from chatlearn.checkpoint.documents import (
+    Document,
+    inner,
+    integer,
+    integers,
+    number,
+    read_document,
+    require_schema,
+    text,
+)
 from chatlearn.checkpoint.durable import failures_named, write_text
 from chatlearn.checkpoint.open_groups import load_open_groups, save_open_groups
 from chatlearn.records import OpenGroup
 
 RUN_STATE_NAME = "run_state.json"
+CONFIG_NAME = "config.yaml"
 SCHEMA_VERSION = 1
 
 
@@ -22,6 +33,8 @@ class RunState:
     ``episode`` and ``train_iteration`` (optimizer steps) count from 0 before training; ``policy_version`` is that of
     the weights saved with it; ``epoch``, ``offset`` and ``deferred`` are the position in the prompt stream;
     ``metrics_bytes`` is the length that ``metrics.jsonl`` had, a fact for tools; a resume cuts that file by step.
+    ``evaluation`` holds the numbers that the finished episode was evaluated with, if it was.
+    ``gone_back_to`` is the train iteration that somebody sent the run back to; all later checkpoints carry it.
     ``open_groups`` are the prompts that ``schedule``, by its name, is in the middle of, the oldest first.
     """
 
@@ -32,6 +45,8 @@ class RunState:
     offset: int
     metrics_bytes: int
     deferred: tuple[int, ...] = ()
+    gone_back_to: int | None = None
+    evaluation: Mapping[str, float] = field(default_factory=dict[str, float])
     schedule: str = ""
     open_groups: tuple[OpenGroup, ...] = ()
 
@@ -50,6 +65,18 @@ def save_counters(directory: Path, state: RunState) -> None:
         write_text(directory / RUN_STATE_NAME, json.dumps(document, indent=1) + "\n")
 
 
+def save_config(directory: Path, text: str) -> None:
+    """Write the run's configuration into a staged checkpoint: a resume compares its own with it, key by key."""
+    with failures_named(directory):
+        write_text(directory / CONFIG_NAME, text)
+
+
+def load_config(directory: Path) -> str | None:
+    """The configuration in a checkpoint; ``None`` in those of versions that did not keep it."""
+    path = directory / CONFIG_NAME
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
 def load_run_state(directory: Path) -> RunState:
     """Read it back; raises ``CheckpointError`` where it is missing, damaged or of another schema version."""
     path = directory / RUN_STATE_NAME
@@ -63,6 +90,15 @@ def load_run_state(directory: Path) -> RunState:
         offset=integer(document, "offset", path),
         metrics_bytes=integer(document, "metrics_bytes", path),
         deferred=integers(document, "deferred", path),
+        gone_back_to=None if document.get("gone_back_to") is None else integer(document, "gone_back_to", path),
+        evaluation=_evaluation(document, path),
         schedule=text(document, "schedule", path) if "schedule" in document else "",  # older ones left nothing open
         open_groups=load_open_groups(directory),
     )
+
+
+def _evaluation(document: Document, path: Path) -> dict[str, float]:
+    if document.get("evaluation") is None:
+        return {}
+    numbers = inner(document, "evaluation", path)
+    return {name: number(numbers, name, path) for name in numbers}

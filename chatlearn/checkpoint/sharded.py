@@ -35,8 +35,8 @@ from chatlearn.checkpoint.adapters import AdapterRecord, require_same_adapter, r
 from chatlearn.checkpoint.durable import failures_named, sync
 from chatlearn.checkpoint.guarded_reader import METADATA_NAME, GuardedPlanner, GuardedReader, load_plain
 from chatlearn.checkpoint.layout import MODEL_FOLDER, OPTIMIZER_FOLDER, RANDOM_FOLDER
-from chatlearn.checkpoint.manifest import FileRecord, record_file, verify_checksums, verify_sizes
-from chatlearn.errors import CheckpointError
+from chatlearn.checkpoint.manifest import FileRecord, Manifest, record_file, verify_checksums, verify_sizes
+from chatlearn.errors import CheckpointError, DamagedCheckpointError
 
 # torch's name for the moments in an optimizer's state dict; what lies beside it are the hyperparameters.
 STATE = "state"
@@ -101,21 +101,22 @@ def load_shards(
 ) -> Restored:
     """Load a published checkpoint into ``module`` and ``optimizer``, after checking every byte of its shards.
 
-    ``adapter`` describes what is trained where it is not the whole module. Collective. Raises ``CheckpointError`` on
-    every rank, before anything was changed, when the folder is incomplete or damaged, when its adapter is another one
-    or on another base, and also when its tensors do not fit the module.
+    ``adapter`` describes what is trained where it is not the whole module. Collective. Raises on every rank, before
+    anything was changed: ``DamagedCheckpointError`` when the folder is incomplete or damaged, any other
+    ``CheckpointError`` when its adapter is another one or on another base, or when its tensors do not fit the module.
     """
     weights = get_model_state_dict(module, options=TRAINED)
-    num_ranks_saved, random_states = _open_together(directory, adapter, set(weights))
+    manifest = _verify_together(directory)
+    random_states = _open_together(directory, manifest, adapter, set(weights))
     _read(weights, directory / MODEL_FOLDER)
     moments = get_optimizer_state_dict(module, optimizer, options=TRAINED)
     _read({STATE: moments[STATE]}, directory / OPTIMIZER_FOLDER)
     set_model_state_dict(module, weights, options=StateDictOptions(strict=adapter is None))  # names are compared above
     set_optimizer_state_dict(module, optimizer, moments, options=TRAINED)
     if random_states is None:
-        return Restored(num_ranks_saved, random_states=False)
+        return Restored(manifest.num_ranks, random_states=False)
     _set_random_states(random_states, module)
-    return Restored(num_ranks_saved, random_states=True)
+    return Restored(manifest.num_ranks, random_states=True)
 
 
 def save_random_states(directory: Path, module: nn.Module) -> Path:
@@ -173,38 +174,56 @@ def _cause(error: CheckpointException | OSError) -> str:
     return str(error)
 
 
-def _open_together(
-    directory: Path, adapter: AdapterRecord | None, names: set[str]
-) -> tuple[int, dict[str, Any] | None]:
-    """Check the whole folder, each rank a share of the bytes; the number of ranks that saved, and this rank's random
-    states if that is the number of today.
-
-    ``names`` are those of the tensors that an adapter's checkpoint must hold.
-    A fault that one rank finds is raised by all of them, so that none waits for the others.
-    """
+def _verify_together(directory: Path) -> Manifest:
+    """Read the whole folder through, each rank a share of the bytes, and compare it with its manifest."""
     rank, num_ranks = _place()
-    fault, num_ranks_saved, random_states = "", 0, None
+    unseen = f"{directory}: rank {rank} cannot see this folder; all ranks must share one file system"
+    _raise_together(None if directory.is_dir() else CheckpointError(unseen))  # no damage: others may see it
+    manifest, fault = None, None
     try:
         manifest = verify_sizes(directory)
+        verify_checksums(directory, manifest.files[rank::num_ranks])
+    except CheckpointError as error:
+        fault = DamagedCheckpointError(directory, str(error))
+    _raise_together(fault)
+    assert manifest is not None, "this rank has found no fault"
+    return manifest
+
+
+def _open_together(
+    directory: Path, manifest: Manifest, adapter: AdapterRecord | None, names: set[str]
+) -> dict[str, Any] | None:
+    """Check that the checkpoint is of what is trained now; this rank's random states if they were saved by as many
+    ranks as there are today.
+
+    ``names`` are those of the tensors that an adapter's checkpoint must hold.
+    """
+    rank, num_ranks = _place()
+    fault, random_states = None, None
+    try:
         require_same_adapter(directory, manifest.adapter, adapter, manifest.base_model)
         if adapter is not None:
             saved = GuardedReader(directory / MODEL_FOLDER).read_metadata().state_dict_metadata
             require_same_layers(directory, set(saved), names)
-        verify_checksums(directory, manifest.files[rank::num_ranks])
-        num_ranks_saved = manifest.num_ranks
-        if num_ranks_saved == num_ranks:
+        if manifest.num_ranks == num_ranks:
             path = directory / RANDOM_FOLDER / f"rank_{rank}.pt"
             random_states = load_plain(path, str(path))
-    except (CheckpointError, OSError) as error:
-        fault = str(error)
-    faults = [fault]
+    except CheckpointError as error:
+        fault = error
+    _raise_together(fault)
+    return random_states
+
+
+def _raise_together(fault: CheckpointError | None) -> None:
+    """A fault that one rank has found is raised by all of them, so that none waits for the others."""
+    _, num_ranks = _place()
+    faults: list[CheckpointError | None] = [fault]
     if num_ranks > 1:
-        faults = [""] * num_ranks
+        faults = [None] * num_ranks
         dist.all_gather_object(faults, fault)
     for found in faults:
-        if found:
-            raise CheckpointError(found)
-    return num_ranks_saved, random_states
+        if found is not None:
+            raise found
 
 
 def _accelerator(module: nn.Module) -> str:

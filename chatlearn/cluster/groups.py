@@ -14,7 +14,7 @@ from chatlearn.checkpoint.sharded import Restored
 from chatlearn.cluster.engine_client import Delivery
 from chatlearn.cluster.fanout import Group
 from chatlearn.cluster.workers import Luggage
-from chatlearn.errors import RunError
+from chatlearn.errors import DamagedCheckpointError, RunError
 from chatlearn.numerics.change import Change
 from chatlearn.observability.describe import Capacity
 from chatlearn.records import FloatStream, Sample, StepStats
@@ -65,8 +65,10 @@ class TrainerGroup:
         return delivery
 
     def load(self, checkpoint: Path) -> Restored:
-        """Every rank takes over its part of a published checkpoint."""
-        restored: Restored = self.group.map("load", checkpoint)[0]
+        """Every rank takes over its part of a published checkpoint; raises ``DamagedCheckpointError``."""
+        restored: Restored | DamagedCheckpointError = self.group.map("load", checkpoint)[0]
+        if isinstance(restored, DamagedCheckpointError):
+            raise restored
         return restored
 
     def save_capsule(self, base_dir: Path, staging: Path) -> None:

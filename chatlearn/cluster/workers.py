@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from chatlearn import device
 from chatlearn.cluster.engine_client import Delivery, RayEngineClient
 from chatlearn.cluster.seat import Arrival, Seat, arrive, free_address, meet, meeting_place, take_seat
+from chatlearn.errors import DamagedCheckpointError
 from chatlearn.observability.describe import Capacity
 
 if TYPE_CHECKING:
@@ -135,13 +136,19 @@ class TrainerWorker:
         """Why they could not be written, if that is so."""
         return self._saver.fault()
 
-    def load(self, checkpoint: Path) -> Restored:
-        """Take over the state of a published checkpoint, whatever number of ranks wrote it."""
+    def load(self, checkpoint: Path) -> Restored | DamagedCheckpointError:
+        """Take over the state of a published checkpoint, whatever number of ranks wrote it.
+
+        Damage is returned and not raised: what a process raises reaches the driver as text.
+        """
         from chatlearn.checkpoint.adapters import AdapterRecord
         from chatlearn.checkpoint.sharded import load_shards
 
         adapter = AdapterRecord.of(self._model.spec.lora, self._model.spec.path)
-        return load_shards(checkpoint, self._model.module, self._trainer.optimizer, adapter)
+        try:
+            return load_shards(checkpoint, self._model.module, self._trainer.optimizer, adapter)
+        except DamagedCheckpointError as damage:
+            return damage
 
     def save_capsule(self, base_dir: Path, staging: Path) -> None:
         """Put the weights, which rank 0 writes, and this rank's random states into a capsule."""

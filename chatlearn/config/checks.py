@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from math import lcm
 from typing import Final
 
 from chatlearn.config.environment import Environment
@@ -25,6 +26,8 @@ def cross_problems(config: GrpoConfig) -> list[str]:
         *_optimizer_problems(config),
         *_adapter_problems(config),
         *_evaluation_problems(config),
+        *_best_problems(config),
+        *_resume_problems(config),
         *_colocation_problems(config),
         *schedule_problems(config),
     ]
@@ -168,6 +171,36 @@ def _evaluation_problems(config: GrpoConfig) -> list[str]:
         f"{what} needs runtime_args.eval_data_path; name a file or switch evaluation off"
         for what, is_asked in asked.items()
         if is_asked
+    ]
+
+
+def _best_problems(config: GrpoConfig) -> list[str]:
+    """Whether there will be a checkpoint with an evaluation; which numbers one has is known with its data."""
+    runtime = config.runtime_args
+    asked = f"runtime_args.keep_best={runtime.keep_best}"
+    saving, evaluating = runtime.save_episode_interval, runtime.eval_episode_interval
+    if runtime.keep_best is None:
+        return []
+    if saving == 0:
+        return [f"{asked} needs checkpoints; set runtime_args.save_episode_interval"]
+    if runtime.eval_data_path is None or evaluating == 0:
+        return [f"{asked} needs evaluations; set runtime_args.eval_data_path and runtime_args.eval_episode_interval"]
+    if lcm(saving, evaluating) <= runtime.num_episode or runtime.num_episode % evaluating == 0:
+        return []
+    return [
+        f"{asked}: none of the {runtime.num_episode} episodes is both saved and evaluated "
+        f"(runtime_args.save_episode_interval={saving}, runtime_args.eval_episode_interval={evaluating}); use "
+        f"{choices(saving, evaluating)} for eval_episode_interval"
+    ]
+
+
+def _resume_problems(config: GrpoConfig) -> list[str]:
+    runtime = config.runtime_args
+    if runtime.load_data_checkpoint_iteration is None or runtime.enable_resume_training:
+        return []
+    return [
+        f"runtime_args.load_data_checkpoint_iteration={runtime.load_data_checkpoint_iteration} asks to go on from a "
+        "checkpoint, and runtime_args.enable_resume_training=False not to; leave one of them out"
     ]
 
 

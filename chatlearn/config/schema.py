@@ -21,6 +21,7 @@ from chatlearn.config.value_types import (
     Section,
     Text,
     TopK,
+    as_absent,
     as_groups,
     as_switch,
     as_tuple,
@@ -105,8 +106,14 @@ class RuntimeArgs(Section):
     """Write a capsule, which `chatlearn replay` runs again, every so many optimizer steps; 0 only of bad steps."""
     keep_checkpoints: Count = 2
     """How many of the newest checkpoints are kept; 0 keeps all."""
+    keep_best: Annotated[Text | None, BeforeValidator(as_absent)] = None
+    """Keep the checkpoint with the highest value of this number too, such as `eval/openai/gsm8k/avg@8`."""
     enable_resume_training: bool = True
     """Continue from the newest complete checkpoint in `output_dir`, if there is one."""
+    load_data_checkpoint_iteration: Positive | None = None
+    """Go back to the checkpoint of this train iteration, once; the same command then goes on from there."""
+    resume_anyway: bool = False
+    """Continue although data, model, batch or order are not those of the checkpoint; what differs is said."""
     eval_episode_interval: Count = 0
     """Evaluate every so many episodes; 0 does not."""
     enable_eval_before_training: bool = False

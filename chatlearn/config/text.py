@@ -32,6 +32,13 @@ def file_leaves(file: Path) -> dict[str, object]:
     return _leaves(loaded)
 
 
+def resolved_leaves(text: str) -> dict[str, object]:
+    """Keys and values of a configuration that ``resolved_text`` wrote, with its ``${...}`` replaced."""
+    loaded = OmegaConf.create(text)
+    # What was written is a mapping of sections; OmegaConf's signature cannot say so.
+    return flatten(cast("Mapping[object, object]", OmegaConf.to_container(loaded, resolve=True)))
+
+
 def override_leaves(overrides: Sequence[str]) -> tuple[dict[str, object], list[str]]:
     """Keys and values of ``key=value`` words, later ones first in rank, and the problems of words that are none."""
     leaves: dict[str, object] = {}

@@ -34,6 +34,11 @@ def as_switch(value: object) -> object:
     return "off" if value is False else value
 
 
+def as_absent(value: object) -> object:
+    """False and 0, the values by which others of its kind are switched off, ask for nothing."""
+    return None if value is False or value == 0 else value
+
+
 Text = Annotated[str, BeforeValidator(as_text)]
 Weighing = Annotated[Literal["off", "truncate", "mask"], BeforeValidator(as_switch)]
 Role = Literal["policy", "policy_trainer", "ref_policy", "reward", "partial_rollout_manager", "rollout_manager"]

@@ -87,12 +87,17 @@ class _Question:
     answer: str
 
 
+def data_files(paths: str) -> list[Path]:
+    """The files that comma-separated ``paths`` name."""
+    return [Path(path.strip()).expanduser() for path in paths.split(",") if path.strip()]
+
+
 def read_prompts(paths: str, chat: ChatFormat, max_prompt_tokens_length: int) -> PromptSet:
     """Read comma-separated files and keep the prompts with fewer than ``max_prompt_tokens_length`` tokens.
 
     A prompt's uid is ``{file}_{row}``, both counted from zero, so it does not depend on the length filter.
     """
-    files = [Path(path.strip()).expanduser() for path in paths.split(",") if path.strip()]
+    files = data_files(paths)
     if not files:
         raise DataError("no data file was given; set runtime_args.data_path")
     questions = [question for index, path in enumerate(files) for question in _read_questions(index, path)]

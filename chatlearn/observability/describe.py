@@ -124,6 +124,16 @@ def describe_evaluation(graded: Sequence[Graded]) -> dict[str, float]:
     return numbers
 
 
+def grades(source: str, num_samples: int) -> list[str]:
+    """Names of the evaluation numbers of a data source that are better the higher they are.
+
+    >>> grades("arithmetic", 2)
+    ['eval/arithmetic/avg@2', 'eval/eval_arithmetic', 'eval/arithmetic/pass@1', 'eval/arithmetic/pass@2']
+    """
+    names = [f"eval/{source}/avg@{num_samples}", f"eval/eval_{source}"]
+    return names + [f"eval/{source}/pass@{k}" for k in pass_at(num_samples)]
+
+
 def describe_source(source: str, graded: Sequence[Graded]) -> dict[str, float]:
     """The evaluation numbers of one data source."""
     completions = [completion for group in graded for completion in group.rollout.completions]

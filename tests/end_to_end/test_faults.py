@@ -15,6 +15,8 @@ import torch.distributed.checkpoint as dcp
 from runs import Launcher, actors, descendants, finish, metrics, survivors, trained, wait_until
 from torch.distributed.checkpoint import FileSystemReader
 
+from chatlearn.checkpoint.run_lock import hold_directory
+
 # The simple engine starts in half the time of vLLM, and what is tested here lies around the engine.
 SMALL = (
     "runtime_args.rollout_backend=transformers",
@@ -124,6 +126,9 @@ def test_a_killed_driver_leaves_nobody(launcher: Launcher, tmp_path: Path) -> No
     assert len(everybody) > 5, "Ray, engine, ranks and graders should be there to be left behind"
     run.kill()
     run.communicate()
+    said: list[str] = []
+    with hold_directory(output, said.append):  # while the run's other processes are still leaving
+        assert f"the run with pid {run.pid} is gone" in said[0]
 
     assert survivors(everybody, GONE_WITHIN_S) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chatlearn.checkpoint.documents import checksum_of
 from chatlearn.checkpoint.durable import REPLACED_PREFIX, STAGING_PREFIX, staging_of
 from chatlearn.checkpoint.layout import begin, latest_complete, list_complete, prune, publish, recover
 from chatlearn.checkpoint.manifest import FileRecord, Manifest, read_manifest, verify_checksums, verify_sizes
+from chatlearn.checkpoint.run_state import RunState, save_run_state
 from chatlearn.errors import CheckpointError
 
 
@@ -22,8 +25,15 @@ def manifest_of(iteration: int, files: tuple[FileRecord, ...] = ()) -> Manifest:
     )
 
 
-def save(root: Path, iteration: int, content: str = "weights") -> Path:
+def forge(folder: Path, document: dict[str, object]) -> None:
+    """Write a manifest whose checksum is right."""
+    (folder / "checkpoint.json").write_text(json.dumps({**document, "checksum": checksum_of(document)}))
+
+
+def save(root: Path, iteration: int, content: str = "weights", score: float | None = None) -> Path:
     staging = begin(root, iteration)
+    if score is not None:
+        save_run_state(staging, RunState(iteration, iteration, iteration, 0, 0, 0, evaluation={"eval/x/avg@1": score}))
     (staging / "model").mkdir()
     (staging / "model" / "shard").write_text(content)
     return publish(root, manifest_of(iteration))
@@ -154,6 +164,32 @@ def test_prune_deletes_what_the_manifest_lists_and_nothing_else(tmp_path: Path) 
     assert [path.name for path in (tmp_path / "2").rglob("*") if path.is_file()] == ["notes.txt"]
 
 
+def test_the_best_one_is_never_pruned_and_of_equal_ones_the_newest_is_the_best(tmp_path: Path) -> None:
+    for iteration, score, best, kept in (
+        (1, 0.1, "1\n", ["1"]),
+        (2, 0.5, "2\n", ["2"]),
+        (3, None, "2\n", ["2", "3"]),
+        (4, 0.4, "2\n", ["2", "4"]),
+        (5, 0.5, "5\n", ["5"]),
+        (6, -1.0, "5\n", ["5", "6"]),
+    ):
+        save(tmp_path, iteration, score=score)
+        prune(tmp_path, 1, "eval/x/avg@1")
+        assert (tmp_path / "best").read_text() == best
+        assert [folder.name for folder in list_complete(tmp_path)] == kept
+    prune(tmp_path, 1, "eval/another/avg@1")
+    assert not (tmp_path / "best").exists()
+    assert [folder.name for folder in list_complete(tmp_path)] == ["6"]
+
+
+def test_a_number_that_was_not_saved_makes_no_best_one(tmp_path: Path) -> None:
+    save(tmp_path, 1, score=0.5)
+    state = save(tmp_path, 2, score=0.1) / "run_state.json"
+    state.write_text(state.read_text().replace("0.1", "0.9"))
+    prune(tmp_path, 0, "eval/x/avg@1")
+    assert (tmp_path / "best").read_text() == "1\n"
+
+
 def test_an_interrupted_deletion_is_finished(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (folder / "checkpoint.json").rename(folder / "checkpoint.deleted.json")
@@ -185,22 +221,83 @@ def test_a_file_name_that_leads_out_of_the_folder_is_refused(tmp_path: Path, nam
     final = save(tmp_path, 1)
     document = json.loads((final / "checkpoint.json").read_text())
     document["files"][0]["name"] = name
-    (final / "checkpoint.json").write_text(json.dumps(document))
+    forge(final, document)
     with pytest.raises(CheckpointError, match="leads out of the folder"):
         read_manifest(final)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("schema_version", 2), ("iteration", "5"), ("episode", -1), ("groupgemm", 1), ("base_model", None), ("files", {})],
+    [("schema_version", 3), ("iteration", "5"), ("episode", -1), ("groupgemm", 1), ("base_model", None), ("files", {})],
 )
 def test_a_manifest_of_the_wrong_form_names_file_and_key(tmp_path: Path, key: str, value: object) -> None:
     final = save(tmp_path, 1)
     document = json.loads((final / "checkpoint.json").read_text())
     document[key] = value
-    (final / "checkpoint.json").write_text(json.dumps(document))
+    forge(final, document)
     with pytest.raises(CheckpointError, match=rf"checkpoint\.json.*{key}"):
         read_manifest(final)
+
+
+def test_every_byte_of_a_manifest_that_means_something_is_guarded(tmp_path: Path) -> None:
+    final = save(tmp_path, 1)
+    path, manifest = final / "checkpoint.json", read_manifest(final)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with suppress(CheckpointError):
+            assert read_manifest(final) == manifest, f"byte {place} of {content!r}"
+
+
+def test_a_manifest_of_the_first_version_is_read_and_its_checksum_does_not_vanish(tmp_path: Path) -> None:
+    final = save(tmp_path, 1)
+    document = json.loads((final / "checkpoint.json").read_text())
+    without = {key: value for key, value in document.items() if key != "checksum"}
+    (final / "checkpoint.json").write_text(json.dumps({**without, "schema_version": 1}))
+    assert read_manifest(final).iteration == 1
+    (final / "checkpoint.json").write_text(json.dumps(without))
+    with pytest.raises(CheckpointError, match="'checksum' is None"):
+        read_manifest(final)
+    (final / "checkpoint.json").write_text(json.dumps({**document, "schema_version": 1}))
+    with pytest.raises(CheckpointError, match="has checksum"):
+        read_manifest(final)
+
+
+@pytest.mark.parametrize("linked", ["model", "model/shard"])
+def test_what_lies_behind_a_link_is_neither_read_nor_deleted(tmp_path: Path, linked: str) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    final = save(root, 1)
+    (final / linked).rename(elsewhere)
+    (final / linked).symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match=rf"{final / linked}: is a link"):
+        verify_sizes(final)
+    (final / "checkpoint.json").rename(final / "checkpoint.deleted.json")
+    recover(root)
+    assert (elsewhere / "shard" if linked == "model" else elsewhere).read_text() == "weights"
+    assert not (final / "checkpoint.deleted.json").exists()
+
+
+def test_a_checkpoint_that_lies_elsewhere_behind_a_link_is_read_and_never_deleted(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for iteration in (1, 2, 3):
+        save(root, iteration)
+    for name in ("1", "3"):
+        (root / name).rename(tmp_path / name)
+        (root / name).symlink_to(tmp_path / name)
+    assert latest_complete(root) == root / "3"
+    prune(root, keep=1)
+    assert [folder.name for folder in list_complete(root)] == ["1", "3"]
+    with pytest.raises(CheckpointError, match="a link; move it away"):
+        begin(root, 3)
+    verify_sizes(tmp_path / "1")
+
+
+def test_a_deletion_whose_list_is_damaged_is_left_to_people(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1)
+    (folder / "checkpoint.json").rename(folder / "checkpoint.deleted.json")
+    (folder / "checkpoint.deleted.json").write_text("{")
+    recover(tmp_path)
+    assert (tmp_path / "1.damaged" / "model" / "shard").read_text() == "weights"
 
 
 def test_a_rank_on_another_file_system_is_noticed(tmp_path: Path) -> None:

@@ -16,7 +16,15 @@ counters = st.integers(0, 2**63)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(state=st.builds(RunState, *[counters] * 6, deferred=st.lists(counters, max_size=3).map(tuple)))
+@given(
+    state=st.builds(
+        RunState,
+        *[counters] * 6,
+        deferred=st.lists(counters, max_size=3).map(tuple),
+        gone_back_to=st.none() | counters,
+        evaluation=st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False, allow_infinity=False), max_size=3),
+    )
+)
 def test_a_saved_state_comes_back_equal(state: RunState) -> None:
     with TemporaryDirectory() as folder:
         save_run_state(Path(folder) / "deep" / "er", state)
@@ -33,6 +41,8 @@ def test_a_saved_state_comes_back_equal(state: RunState) -> None:
         ('"epoch": 7', '"epok": 7', "'epoch' is None"),
         ('"schema_version": 1', '"schema_version": 9', "schema_version is 9"),
         ('"schedule": ""', '"schedule": 3', "'schedule' is 3"),
+        ('"gone_back_to": null', '"gone_back_to": -1', "'gone_back_to' is -1"),
+        ('"evaluation": {}', '"evaluation": {"eval/x/avg@1": "high"}', "'eval/x/avg@1' is 'high'"),
         ("{", "[", "cannot be read as JSON"),
     ],
 )

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from chatlearn.beginning import FRESH
 from chatlearn.checkpoint.layout import begin, publish
 from chatlearn.checkpoint.manifest import Manifest
+from chatlearn.checkpoint.run_lock import hold_directory
 from chatlearn.checkpoint.run_state import save_run_state
 from chatlearn.cli import main
 from chatlearn.config.environment import QUIET
@@ -57,6 +59,7 @@ def test_a_dry_run_prints_a_configuration_that_can_be_used_again(
     resolved.write_text(printed.out)
     assert read_config(resolved).models.policy.max_response_tokens_length == 64
     assert "32 prompts, 256 answers" in printed.err
+    assert "(all there will be): 3.8 MB; free" in " ".join(printed.err.replace("│", " ").split())
     assert "keys without effect here (see docs/config.md): runtime_args.debug" in printed.err
     assert not (tmp_path / "output").exists()
 
@@ -204,14 +207,26 @@ def test_data_that_cannot_be_used_is_found_by_a_dry_run_and_before_a_run_writes(
     written.write_text("earlier\n")
     assert main(words) == 2
     assert message in capsys.readouterr().err
-    assert [path.read_text() for path in written.parent.iterdir()] == ["earlier\n"]
+    found = {path.name: path.read_text() for path in written.parent.iterdir()}
+    assert found == {"metrics.jsonl": "earlier\n", "run.lock": ""}
+
+
+def test_a_directory_that_another_run_writes_into_is_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "output"
+    with hold_directory(output, print):
+        assert "is writing there (run.lock is locked)" in refused(words, capsys)
+        assert main(words) == 2
+        assert f"the run with pid {os.getpid()} on host" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["run.lock"]
 
 
 def test_a_resume_that_is_switched_off_is_found_by_a_dry_run(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "output" / "save_model" / "policy_trainer"
-    save_run_state(begin(root, 7), FRESH)
+    save_run_state(begin(root, 7), replace(FRESH, episode=7, train_iteration=7))
     publish(root, Manifest(7, 7, "base", "Qwen3ForCausalLM", groupgemm=False, num_ranks=1, files=()))
     assert main([*words, "--dry-run"]) == 0
     capsys.readouterr()

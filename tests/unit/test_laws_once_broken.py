@@ -103,6 +103,7 @@ def team_of(config: GrpoConfig, layout: Layout, trainer: OneNumber) -> Team:
             archive=ArchiveOfOne(trainer),
             saves_hugging_face=False,
             lora=None,
+            checkpoint_bytes=0,
         ),
     )
 

@@ -146,7 +146,8 @@ def test_a_manifest_remembers_the_adapter(tmp_path: Path) -> None:
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
     path = tmp_path / "checkpoint.json"
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text()) | {"schema_version": 1}  # which had no checksum of itself
+    del document["checksum"]
     for damage, complaint in (
         ({"adapter": 3}, "'adapter' is 3"),
         ({"adapter": {"lora": None}}, "'lora' is None"),

@@ -1,0 +1,180 @@
+"""Whatever happens to a checkpoint on its disk, a run goes on from exactly what was saved, or from the one before."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from chatlearn.beginning import FRESH
+from chatlearn.checkpoint.layout import DAMAGED, begin, called, publish, recover, set_aside
+from chatlearn.checkpoint.manifest import Manifest
+from chatlearn.checkpoint.run_state import RunState, save_run_state
+from chatlearn.checkpoint.selection import choose
+from chatlearn.checkpoint.sharded import load_shards, save_shards
+from chatlearn.errors import DamagedCheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+Fault = Callable[[Path], None]
+
+
+def saved(root: Path, iteration: int) -> Path:
+    """A checkpoint whose weights, moments and state all tell its iteration, with a file of every kind."""
+    module = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        module.weight.fill_(iteration)
+    optimizer.state[module.weight]["exp_avg"].fill_(iteration)
+    staging = begin(root, iteration)
+    files = save_shards(staging, module, optimizer)
+    save_run_state(staging, replace(FRESH, episode=iteration, train_iteration=iteration, offset=10 * iteration))
+    (staging / "config.yaml").write_text("runtime_args: {}\n")
+    (staging / "huggingface").mkdir()
+    (staging / "huggingface" / "model.safetensors").write_bytes(b"weights for others")
+    return publish(root, Manifest(iteration, iteration, "/base", "A", groupgemm=False, num_ranks=1, files=files))
+
+
+def resume(root: Path) -> RunState | None:
+    """What a run does at its start, and what it then holds; the weights must be those of the state."""
+    recover(root)
+    while True:
+        choice = choose(root)
+        for damage in choice.damaged:
+            set_aside(damage.folder, DAMAGED)
+        if choice.newest is None:
+            return None
+        module = nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(module.parameters())
+        try:
+            load_shards(choice.newest.folder, module, optimizer)
+        except DamagedCheckpointError as damage:
+            set_aside(damage.folder, DAMAGED)
+            continue
+        state = choice.newest.state
+        assert state.offset == 10 * state.train_iteration == 10 * state.episode
+        assert torch.all(module.weight == state.train_iteration)
+        assert torch.all(optimizer.state[module.weight]["exp_avg"] == state.train_iteration)
+        return state
+
+
+def flip(place: float) -> Fault:
+    def act(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[int(place * (len(content) - 1))] ^= 1
+        path.write_bytes(content)
+
+    return act
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+FAULTS: dict[str, Fault] = {
+    "first byte": flip(0),
+    "some byte": flip(0.37),
+    "last byte": flip(1),
+    "cut": cut,
+    "empty": empty,
+    "missing": Path.unlink,
+}
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("healthy")
+    for iteration in (1, 2):
+        saved(root, iteration)
+    return root
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_no_fault_of_any_file_makes_a_wrong_resume(healthy: Path, tmp_path: Path, name: str) -> None:
+    files = files_of(healthy / "2")
+    assert {"checkpoint.json", "run_state.json", "config.yaml", "model/.metadata", "random/rank_0.pt"} < set(files)
+    for number, file in enumerate(files):
+        root = tmp_path / str(number)
+        shutil.copytree(healthy, root)
+        FAULTS[name](root / "2" / file)
+        state = resume(root)
+        # A byte of the manifest may stand between two values, where it means nothing.
+        means_nothing = file == "checkpoint.json" and state is not None and state.episode == 2
+        assert means_nothing or (state is not None and state.episode == 1), file
+        assert means_nothing or [path.name for path in called(root, DAMAGED)] == ["2.damaged"], file
+
+
+@pytest.mark.parametrize("content", ["", "1", "2\n", "17", "-1", "two", "\x00", None])
+def test_no_content_of_latest_makes_a_wrong_resume(healthy: Path, tmp_path: Path, content: str | None) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(healthy, root)
+    (root / "latest").unlink() if content is None else (root / "latest").write_text(content)
+    state = resume(root)
+    assert state is not None
+    assert state.episode == (1 if content == "1" else 2)
+    assert called(root, DAMAGED) == ()
+
+
+def test_when_all_are_damaged_there_is_none_and_all_stay_for_people(healthy: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(healthy, root)
+    cut(root / "2" / "run_state.json")
+    flip(0.5)(root / "1" / "model" / "__0_0.distcp")
+    assert resume(root) is None
+    assert [path.name for path in called(root, DAMAGED)] == ["1.damaged", "2.damaged"]
+    assert resume(root) is None
+    shutil.copytree(healthy / "2", root / "2")
+    cut(root / "2" / "run_state.json")
+    assert resume(root) is None
+    assert [path.name for path in called(root, DAMAGED)] == ["1.damaged", "2.damaged", "2.damaged.2"]
+
+
+def test_a_folder_of_somebody_elses_and_one_being_deleted_are_no_damage(healthy: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(healthy, root)
+    (root / "9" / "model").mkdir(parents=True)
+    (root / "9" / "model" / "notes.txt").write_text("mine")
+    shutil.copytree(root / "2", root / "3")
+    (root / "3" / "checkpoint.json").rename(root / "3" / "checkpoint.deleted.json")
+    (root / "latest").write_text("9")
+    choice = choose(root)
+    assert choice.newest is not None
+    assert choice.newest.folder == root / "2"
+    assert choice.damaged == ()
+
+
+def test_a_damaged_one_that_latest_passes_over_will_not_be_in_the_way_of_the_next_save(
+    healthy: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(healthy, root)
+    (root / "latest").write_text("1")
+    (root / "2" / "checkpoint.json").write_text("{")
+    state = resume(root)
+    assert state is not None
+    assert state.episode == 1
+    assert begin(root, 2).is_dir()
+
+
+def test_a_folder_that_was_renamed_is_damage(healthy: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(healthy, root)
+    (root / "2").rename(root / "3")
+    (root / "latest").unlink()
+    (damage,) = choose(root).damaged
+    assert "speaks of iteration 2" in damage.reason

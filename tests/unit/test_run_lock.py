@@ -1,0 +1,126 @@
+"""One run per output directory, whoever else tries and however a run ends: real processes, real locks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chatlearn.checkpoint.run_lock import LOCK_NAME, hold_directory, require_free
+from chatlearn.errors import ConfigError
+
+# Holds the lock, tells so, starts a child of its own, and waits to be ended.
+HOLD = """
+import subprocess, sys
+from pathlib import Path
+from chatlearn.checkpoint.run_lock import hold_directory
+with hold_directory(Path(sys.argv[1]), print):
+    quiet = subprocess.DEVNULL
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdin=quiet, stdout=quiet)
+    print("held", child.pid, flush=True)
+    sys.stdin.read()
+    child.kill()
+"""
+# Many turns in which a counter is read, and written back a moment later: two at a time would lose counts.
+COUNT = """
+import sys, time
+from pathlib import Path
+from chatlearn.checkpoint.run_lock import hold_directory
+from chatlearn.errors import ConfigError
+folder, turns = Path(sys.argv[1]), 0
+while turns < 10:
+    try:
+        with hold_directory(folder, print):
+            counter = folder / "counter"
+            before = int(counter.read_text()) if counter.exists() else 0
+            time.sleep(0.01)
+            counter.write_text(str(before + 1))
+            turns += 1
+    except ConfigError:
+        continue
+"""
+
+
+def start(program: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def heard(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def enter(folder: Path) -> list[str]:
+    """Hold the directory for an instant; returns what was said."""
+    said: list[str] = []
+    with hold_directory(folder, said.append):
+        assert json.loads((folder / LOCK_NAME).read_text()) == {"host": socket.gethostname(), "pid": os.getpid()}
+    return said
+
+
+def test_a_second_run_is_refused_with_host_and_pid_of_the_first_one(tmp_path: Path) -> None:
+    first = start(HOLD, tmp_path / "run")
+    assert heard(first).startswith("held")
+    for attempt in (enter, require_free):
+        with pytest.raises(ConfigError, match=rf"pid {first.pid} on host {socket.gethostname()} is writing there"):
+            attempt(tmp_path / "run")
+    first.communicate("")
+    assert (tmp_path / "run" / LOCK_NAME).read_text() == ""
+    require_free(tmp_path / "run")
+    assert enter(tmp_path / "run") == []
+
+
+def test_what_a_killed_run_left_is_taken_over_at_once_though_its_child_lives(tmp_path: Path) -> None:
+    first = start(HOLD, tmp_path)
+    child = int(heard(first).split()[1])
+    first.kill()
+    first.communicate()
+    os.kill(child, 0)  # raises where it is gone
+    require_free(tmp_path)
+    (said,) = enter(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    assert f"the run with pid {first.pid} is gone" in said
+    assert enter(tmp_path) == []
+
+
+def test_only_one_of_several_that_race_is_inside(tmp_path: Path) -> None:
+    racers = [start(COUNT, tmp_path) for _ in range(3)]
+    for racer in racers:
+        said, _ = racer.communicate(timeout=120)
+        assert racer.returncode == 0
+        assert said == "", "everybody tidied up"
+    assert (tmp_path / "counter").read_text() == "30"
+
+
+def test_a_run_of_another_host_is_believed(tmp_path: Path) -> None:
+    (tmp_path / LOCK_NAME).write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    for attempt in (enter, require_free):
+        with pytest.raises(ConfigError, match=rf"pid 7 on host elsewhere.*delete {tmp_path / LOCK_NAME}"):
+            attempt(tmp_path)
+    (tmp_path / LOCK_NAME).unlink()
+    assert enter(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": "elsewh', '{"host": 1, "pid": "x"}', "\x00\xff"])
+def test_a_torn_file_names_nobody(tmp_path: Path, content: str) -> None:
+    (tmp_path / LOCK_NAME).write_text(content)
+    assert enter(tmp_path) == []
+
+
+def test_a_look_writes_nothing(tmp_path: Path) -> None:
+    require_free(tmp_path / "none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_inside_gives_the_directory_back(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), hold_directory(tmp_path, print):
+        raise KeyboardInterrupt
+    assert enter(tmp_path) == []
