@@ -29,6 +29,7 @@ from chatlearn.partial_rollout import PartialRollout
 from chatlearn.questions import read_questions
 from chatlearn.saving import is_due, is_save_due, save
 from chatlearn.team import Team, gather
+from chatlearn.trainer.generators import seed_generators
 
 
 def run(config: GrpoConfig) -> None:
@@ -64,6 +65,7 @@ def run(config: GrpoConfig) -> None:
 
 def turn(team: Team, journal: Journal, schedule: Schedule, state: RunState, episode: int) -> RunState:
     """One episode with what belongs to its end: evaluation, metrics on disk, and only then the checkpoint."""
+    seed_generators(team.args.seed, episode, "driver", rank=0)  # An advantage function of one's own may draw numbers.
     team.policy.take_busy_s()  # What engines did before, such as evaluation, is not this episode's.
     with journal.page(episode) as page:
         state = schedule.live(page, state, episode)
