@@ -68,6 +68,7 @@ def study(team: Team, page: Page, state: RunState, samples: list[Sample]) -> int
 
     team.policy.current_version = None  # The trainer leaves the weights that the engines know.
     num_steps = 0
+    team.trainer.reseed(team.args.seed, episode)  # After the comparison above, which only some episodes have.
     with page.phase("train"), team.trainer.resident():
         if team.layout.steps_per_episode > 1:  # With a single step the step itself computes them.
             with page.phase("old_logprobs"):

@@ -33,6 +33,7 @@ from chatlearn.questions import read_questions
 from chatlearn.records import OpenGroup
 from chatlearn.saving import is_due, is_save_due, save
 from chatlearn.team import Team, gather
+from chatlearn.trainer.generators import seed_generators
 
 
 def run(config: GrpoConfig) -> None:
@@ -90,6 +91,7 @@ def taking_turns(name: ScheduleName, team: Team, state: RunState) -> Schedule:
 def turn(team: Team, journal: Journal, schedule: Schedule, state: RunState, episode: int) -> RunState:
     """One episode with what belongs to its end: evaluation, metrics on disk, and only then the checkpoint."""
     team.archive.check()
+    seed_generators(team.args.seed, episode, "driver", rank=0)  # An advantage function of one's own may draw numbers.
     team.policy.take_busy_s()  # What engines did before, such as evaluation, is not this episode's.
     with journal.page(episode) as page:
         state = replace(schedule.live(page, state, episode), schedule=schedule.name)

@@ -29,6 +29,10 @@ class TrainerGroup:
         self.scores = scores
         self.luggage = luggage
 
+    def reseed(self, run_seed: int, episode: int) -> None:
+        """Let the generators of every rank begin an episode, with numbers that follow from it alone."""
+        self.group.map("reseed", run_seed, episode)
+
     def step(self, samples: Sequence[Sample], iteration: int) -> StepStats:
         """Take one optimizer step with these samples; ``iteration`` counts the steps of the run from 1."""
         batch = pack(samples, self.steps)

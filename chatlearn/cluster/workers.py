@@ -105,6 +105,12 @@ class TrainerWorker:
         alone.close()
         self._engines.admit(engine)
 
+    def reseed(self, run_seed: int, episode: int) -> None:
+        """Let this rank's generators begin an episode."""
+        from chatlearn.trainer.generators import seed_generators
+
+        seed_generators(run_seed, episode, "policy_trainer", self._seat.rank)
+
     def step(self, micro_batches: Sequence[MicroBatch], num_loss_tokens: int, iteration: int) -> StepStats:
         """Take one optimizer step with this rank's share of a batch."""
         return self._trainer.step(micro_batches, num_loss_tokens, iteration)

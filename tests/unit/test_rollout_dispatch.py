@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 from itertools import product
+from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatlearn.errors import RunError
 from chatlearn.records import Completion, Prompt, Rollout, VersionRun
 from chatlearn.rollout.assembly import Assembly, request_ids
-from chatlearn.rollout.dispatch import engine_seed, plan_dispatch
+from chatlearn.rollout.dispatch import SamplingPurpose, engine_seed, plan_dispatch
 from chatlearn.rollout.engine import Finished
+from chatlearn.trainer.generators import GeneratorRole, generator_seeds, seed_generators
 
 laws = settings(max_examples=50, deadline=None, derandomize=True)
 
@@ -132,3 +135,27 @@ def test_seeds_depend_on_run_episode_replica_and_purpose_and_on_nothing_else() -
     assert len(set(seeds)) == len(seeds)
     assert seeds == [engine_seed(*key) for key in keys]
     assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_no_two_processes_and_no_two_episodes_draw_the_same_numbers() -> None:
+    """Engines have one seed for what they sample; a process of ours has one for each of its generators."""
+    runs, episodes, ranks, roles = (0, 1, 1234), range(30), range(8), get_args(GeneratorRole)
+    keys = list(product(runs, episodes, roles, ranks))
+    generators = [seed for key in keys for seed in generator_seeds(*key)]
+    engines = [
+        engine_seed(run, episode, replica, purpose)
+        for run, episode, replica, purpose in product(runs, episodes, ranks, get_args(SamplingPurpose))
+    ]
+    assert len(set(generators + engines)) == len(generators) + len(engines)
+    assert generators == [seed for key in keys for seed in generator_seeds(*key)]
+
+
+def test_every_generator_of_a_process_begins_an_episode_anew() -> None:
+    def drawn(episode: int, rank: int) -> tuple[float, float, float]:
+        seed_generators(1234, episode, "policy_trainer", rank)
+        return float(torch.rand(())), float(np.random.rand()), random.random()
+
+    first = drawn(1, 0)
+    for other in (drawn(2, 0), drawn(1, 1)):
+        assert all(ours != theirs for ours, theirs in zip(first, other, strict=True))
+    assert drawn(1, 0) == first
