@@ -28,7 +28,7 @@ ORIGINAL_TIMERS: Mapping[str, tuple[str, ...]] = {
 }
 
 # What the clock and the machine say of a run: whole groups of names, last letters of names, and single names.
-MEASURED_GROUPS = ("time", "engine/timer_summary")
+MEASURED_GROUPS = ("time", "checkpoint", "engine/timer_summary")
 MEASURED_UNITS = ("seconds", "_s", "_gb", "mfu")
 MEASURED_COUNTS = ("rollout/replaced_engines", "rule_reward/replaced_graders")
 # Groups in which users name things: data sources, and the parts of their rewards.
