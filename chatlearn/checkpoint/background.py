@@ -52,8 +52,7 @@ class BackgroundSaver:
 
         What goes wrong is told by ``fault``, and in the report where it can still be written.
         """
-        if self._writing is not None:  # One that was given up, because another rank could not write.
-            wait([self._writing])
+        self.wait()  # for one that was given up, because another rank could not write
         if in_background:
             self._writing = self._thread.submit(self._write, staging, self._copy(state))
         else:
@@ -62,6 +61,13 @@ class BackgroundSaver:
                 self._write(staging, state)
             except CheckpointError as error:
                 self._writing.set_exception(error)
+            else:
+                self._writing.set_result(None)
+
+    def wait(self) -> None:
+        """Return when nothing is being written."""
+        if self._writing is not None:
+            wait([self._writing])
 
     def fault(self) -> str | None:
         """Why the last checkpoint could not be written; ``None`` while nothing has gone wrong."""

@@ -33,18 +33,18 @@ class Lived:
     at_second: Weights
 
 
-def train_through_two_saves(setup: Setup, first: Path, second: Path) -> Lived:
+def train_through_two_saves(setup: Setup, first: Path, second: Path, in_background: bool) -> Lived:
     """Steps follow each other at once; only rank 0's weights are looked at, and they are whole."""
     trainer, samples = trainer_of(setup), random_samples(6)
     saver = BackgroundSaver(dist.get_rank(), saving_group(), on_accelerator=False)
     step(trainer, setup, samples)
     at_first = exported(trainer.model)
-    saver.begin(first, shard_state(trainer.model.module, trainer.optimizer), in_background=True)
+    saver.begin(first, shard_state(trainer.model.module, trainer.optimizer), in_background=in_background)
     step(trainer, setup, samples)
     after_first = exported(trainer.model)
     step(trainer, setup, samples)
     at_second = exported(trainer.model)
-    saver.begin(second, shard_state(trainer.model.module, trainer.optimizer), in_background=True)
+    saver.begin(second, shard_state(trainer.model.module, trainer.optimizer), in_background=in_background)
     step(trainer, setup, samples)
     saver.close()
     assert saver.fault() is None
@@ -86,14 +86,22 @@ def same(left: Weights, right: Weights) -> bool:
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize(("kind", "num_ranks"), [("tied", 1), ("untied", 2), ("moe", 2)])
+@pytest.mark.parametrize(
+    ("kind", "num_ranks", "in_background"),
+    [("tied", 1, True), ("untied", 2, True), ("moe", 2, True), ("untied", 2, False)],
+)
 def test_a_checkpoint_is_of_the_moment_it_was_begun(
-    gang_of: Callable[[int], Gang], models: dict[str, Path], tmp_path: Path, kind: str, num_ranks: int
+    gang_of: Callable[[int], Gang],
+    models: dict[str, Path],
+    tmp_path: Path,
+    kind: str,
+    num_ranks: int,
+    in_background: bool,
 ) -> None:
-    """Also the second one, which goes through the same memory."""
+    """Also the second one, which goes through the same memory, and where the save is waited for."""
     setup = Setup(models[kind], lr=LR, temperature=1.0, grouped_experts=kind == "moe")
     gang, first, second = gang_of(num_ranks), begin(tmp_path / "a", 1), begin(tmp_path / "b", 2)
-    lived = gang.run(train_through_two_saves, setup, first, second)[0]
+    lived = gang.run(train_through_two_saves, setup, first, second, in_background)[0]
     assert not same(lived.at_first, lived.after_first)
     assert not same(lived.at_first, lived.at_second)
     one = published(tmp_path / "a", 1, first, setup, num_ranks)
