@@ -217,7 +217,7 @@ def prune(root: Path, keep: int, measure: str | None = None) -> tuple[Path, ...]
         return ()
     pointer = pointed_at(root)
     complete = sorted(list_complete(root), key=lambda folder: (int(folder.name) <= pointer, int(folder.name)))
-    abandoned = [folder for folder in called(root, ABANDONED) if (folder / MANIFEST_NAME).is_file()]
+    abandoned = [folder for folder in called(root, ABANDONED) if _has_list(folder)]
     doomed = tuple(folder for folder in [*abandoned, *complete][:-keep] if folder != best)
     for folder in doomed:
         if folder.is_symlink():  # Somebody has put it elsewhere, where nothing is ours to delete.
@@ -225,6 +225,15 @@ def prune(root: Path, keep: int, measure: str | None = None) -> tuple[Path, ...]
         (folder / MANIFEST_NAME).rename(folder / DELETED_NAME)
         _delete_listed(folder)
     return doomed
+
+
+def _has_list(folder: Path) -> bool:
+    """Whether it is known what to delete; a folder whose manifest is damaged is left to people."""
+    try:
+        read_manifest(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _delete_listed(folder: Path) -> None:
@@ -249,9 +258,12 @@ def set_aside(folder: Path, ending: str) -> Path:
     """Give a checkpoint a name that no run looks for, such as ``200.damaged``; returns its new place."""
     names = (f"{folder.name}.{ending}" + (f".{number}" if number > 1 else "") for number in count(1))
     aside = next(path for name in names if not (path := folder.with_name(name)).exists())
+    best = folder.parent / BEST_NAME
     with failures_named(folder):
         folder.rename(aside)
         sync(folder.parent)
+        if best.is_file() and best.read_text(encoding="utf-8", errors="replace").strip() == folder.name:
+            best.unlink()  # until the next checkpoint is saved, and all are compared again
     return aside
 
 

@@ -105,7 +105,7 @@ class RuntimeArgs(Section):
     keep_checkpoints: Count = 2
     """How many of the newest checkpoints are kept; 0 keeps all."""
     keep_best: Annotated[Text | None, BeforeValidator(as_absent)] = None
-    """Keep the checkpoint with the highest value of this number too, such as `eval/openai/gsm8k/avg@8`; absent: none."""
+    """Keep the checkpoint with the highest value of this number too, such as `eval/openai/gsm8k/avg@8`."""
     enable_resume_training: bool = True
     """Continue from the newest complete checkpoint in `output_dir`, if there is one."""
     load_data_checkpoint_iteration: Positive | None = None

@@ -256,6 +256,20 @@ def test_what_was_given_up_is_pruned_first_and_never_taken(runs: Runs) -> None:
     assert runs.present() == ["2", "4", "5"]
 
 
+def test_a_damaged_one_that_was_given_up_is_left_to_people_and_the_best_is_no_longer_one_of_them(runs: Runs) -> None:
+    for iteration, score in ((2, 0.1), (4, 0.2), (6, 0.9)):
+        runs.save(iteration, state=replace(FRESH, evaluation={"eval/x/avg@1": score}))
+    prune(runs.root, 0, "eval/x/avg@1")
+    assert (runs.root / "best").read_text() == "6\n"
+    state = runs.start(BACK)
+    assert not (runs.root / "best").exists()
+    (runs.root / "6.abandoned" / "checkpoint.json").write_text("{")
+    runs.save(6, state=replace(state, evaluation={}))
+    prune(runs.root, 1, "eval/x/avg@1")
+    assert (runs.root / "best").read_text() == "4\n"
+    assert runs.present() == ["4", "6", "6.abandoned"]
+
+
 def test_an_iteration_that_is_not_there_is_refused_with_those_that_are(runs: Runs) -> None:
     for attempt in (runs.rehearse, runs.begin):
         with pytest.raises(ConfigError, match="has no such checkpoint; complete ones: none"):

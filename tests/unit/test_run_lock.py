@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -124,3 +125,16 @@ def test_an_error_inside_gives_the_directory_back(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), hold_directory(tmp_path, print):
         raise KeyboardInterrupt
     assert enter(tmp_path) == []
+
+
+def test_a_file_system_without_locks_is_said_and_does_not_stop_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    said: list[str] = []
+    with hold_directory(tmp_path, said.append):
+        require_free(tmp_path)
+    assert "this file system has no locks" in said[0]
