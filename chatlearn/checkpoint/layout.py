@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from itertools import count
+from math import isfinite, nan
 from pathlib import Path
 
 from chatlearn.checkpoint.durable import (
@@ -55,6 +56,7 @@ MODEL_FOLDER = "model"
 OPTIMIZER_FOLDER = "optimizer"
 RANDOM_FOLDER = "random"
 HUGGING_FACE_FOLDER = "huggingface"
+MOST_DIGITS = 18  # of an iteration; more are garbage, and Python refuses to read very many as a number
 LATEST_NAME = "latest"
 BEST_NAME = "best"
 # A manifest gets this name when its checkpoint is being deleted: from then on the folder is not complete, and a
@@ -142,7 +144,7 @@ def numbered(root: Path) -> list[Path]:
 
 
 def _is_iteration(name: str) -> bool:
-    return name.isascii() and name.isdecimal()
+    return name.isascii() and name.isdecimal() and len(name) <= MOST_DIGITS
 
 
 def _is_complete(folder: Path) -> bool:
@@ -190,7 +192,7 @@ def _rating(folder: Path, measure: str) -> list[float]:
         evaluation = load_run_state(folder).evaluation
     except CheckpointError:  # A resume will say so; until then it is one of many.
         return []
-    return [evaluation[measure]] if measure in evaluation else []
+    return [evaluation[measure]] if isfinite(evaluation.get(measure, nan)) else []
 
 
 def _point_at(root: Path, best: Path | None) -> None:

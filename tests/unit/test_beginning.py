@@ -119,6 +119,19 @@ def test_a_damaged_one_is_put_aside_and_said_and_a_dry_run_only_says_it(
     assert (runs.root / "7.damaged").is_dir()
 
 
+def test_a_folder_in_the_way_of_a_later_checkpoint_is_named_before_the_start(runs: Runs) -> None:
+    for name in ("3", "5"):
+        (runs.root / name).mkdir(parents=True)
+        (runs.root / name / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=rf"{runs.root / '3'}, {runs.root / '5'}; move them away"):
+        runs.rehearse()
+    runs.save(4)
+    with pytest.raises(ConfigError, match=rf"none themselves: {runs.root / '5'}; move"):
+        runs.begin()
+    (runs.root / "5").rename(runs.folder / "5")
+    assert runs.begin().episode == 4
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(runs: Runs) -> None:
     (runs.save(4) / "run_state.json").unlink()
     for attempt, name in ((runs.rehearse, "4"), (runs.begin, "4.damaged"), (runs.begin, "4.damaged")):
