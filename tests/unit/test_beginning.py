@@ -156,7 +156,9 @@ def test_harmful_differences_are_all_named_with_both_values_and_nothing_is_start
         assert said.count("runtime_args.resume_anyway=True") == 3
     assert not (runs.folder / "output" / "metrics.jsonl").exists()
     assert main([*command, "--dry-run", "runtime_args.resume_anyway=True"]) == 0
-    assert "going on although runtime_args.seed=7 was 1234" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "going on although runtime_args.seed=7 was 1234" in said
+    assert "a run would go on from checkpoint 4, after episode 4" in said
 
 
 def test_harmless_differences_are_listed_once(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:

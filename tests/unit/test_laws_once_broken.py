@@ -26,6 +26,8 @@ from chatlearn.config.environment import Environment
 from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.read import read_config
 from chatlearn.config.schema import GrpoConfig
+from chatlearn.config.text import resolved_text
+from chatlearn.continuation import origin_of
 from chatlearn.episode import compare
 from chatlearn.observability.journal import Journal
 from chatlearn.records import Completion, Graded, Prompt, Rollout, Score, VersionRun
@@ -85,15 +87,25 @@ def team_of(config: GrpoConfig, layout: Layout, trainer: OneNumber) -> Team:
     """The part of a team that saving speaks to."""
     return cast(
         "Team",
-        SimpleNamespace(args=config.runtime_args, layout=layout, trainer=trainer, saves_hugging_face=False, lora=None),
+        SimpleNamespace(
+            args=config.runtime_args,
+            layout=layout,
+            trainer=trainer,
+            saves_hugging_face=False,
+            lora=None,
+            config_text=resolved_text(config),
+            origin=origin_of(config, layout),
+        ),
     )
 
 
 @pytest.mark.parametrize("num_epochs", [1, 2])
 def test_a_run_goes_on_from_the_weights_of_its_last_step(tmp_path: Path, num_epochs: int) -> None:
     """The original named a checkpoint by the step and looked for it by the episode: it went on from other weights."""
+    (tmp_path / "train.json").write_text("{}\n")
     config, layout = configured(
-        f"runtime_args.output_dir={tmp_path}",
+        f"runtime_args.output_dir={tmp_path / 'output'}",
+        f"runtime_args.data_path={tmp_path / 'train.json'}",
         "runtime_args.sample_per_episode=512",
         "runtime_args.train_global_batch_size=128",
         f"runtime_args.num_training_epoch={num_epochs}",

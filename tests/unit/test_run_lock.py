@@ -23,7 +23,8 @@ from pathlib import Path
 from chatlearn.checkpoint.run_lock import hold_directory
 with hold_directory(Path(sys.argv[1]), print):
     quiet = subprocess.DEVNULL
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdin=quiet, stdout=quiet)
+    program = [sys.executable, "-c", "import time; time.sleep(60)"]
+    child = subprocess.Popen(program, stdin=quiet, stdout=quiet, close_fds=False)  # it gets what can be inherited
     print("held", child.pid, flush=True)
     sys.stdin.read()
     child.kill()
