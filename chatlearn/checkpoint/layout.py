@@ -239,15 +239,20 @@ def _has_list(folder: Path) -> bool:
 
 
 def _delete_listed(folder: Path) -> None:
-    """Delete what the renamed manifest of ``folder`` lists, then the manifest, then folders that are empty."""
+    """Delete what the renamed manifest of ``folder`` lists, then folders that are empty, and the manifest last."""
     for record in read_manifest(folder, DELETED_NAME).files:
         if link_on_the_way(folder, record.name) is None:
             (folder / record.name).unlink(missing_ok=True)
-    (folder / DELETED_NAME).unlink()
     below = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
-    for path in [*sorted(below, reverse=True), folder]:
-        if not any(path.iterdir()):
-            path.rmdir()
+    for path in sorted(below, reverse=True):
+        _remove_empty(path)
+    (folder / DELETED_NAME).unlink()
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    if not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def called(root: Path, ending: str) -> tuple[Path, ...]:
@@ -286,6 +291,8 @@ def recover(root: Path) -> None:
         for folder in (*numbered(root), *called(root, ABANDONED)):
             if (folder / DELETED_NAME).is_file():
                 _finish_deletion(folder)
+            else:
+                _remove_empty(folder)  # what is left when a deletion was cut short at its very end
 
 
 def _finish_deletion(folder: Path) -> None:

@@ -120,7 +120,7 @@ def read_chosen(root: Path, iteration: int) -> Saved:
 
 def strangers(root: Path, iteration: int) -> tuple[Path, ...]:
     """Folders that are called as later checkpoints will be, and never were any: in the way of one that is saved."""
-    later = [folder for folder in numbered(root) if int(folder.name) > iteration]
+    later = [folder for folder in numbered(root) if int(folder.name) > iteration and any(folder.iterdir())]
     return tuple(folder for folder in later if not was_checkpoint(folder) and not (folder / DELETED_NAME).exists())
 
 
