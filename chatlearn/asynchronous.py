@@ -7,9 +7,15 @@ not hold up anybody, until they would become too old.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
 from chatlearn.checkpoint.run_state import RunState
-from chatlearn.episode import judge, publish, state_after, study
+from chatlearn.config.schedule import ScheduleName
+from chatlearn.episode import examine, judge, publish, state_after, study
 from chatlearn.observability.journal import Page
+from chatlearn.records import OpenGroup, Prompt
 from chatlearn.rollout.staleness import StalenessBound
 from chatlearn.team import Team
 
@@ -17,7 +23,9 @@ from chatlearn.team import Team
 class Asynchronous:
     """Groups are asked of whichever engine has the least to do, as many as the bound allows."""
 
-    def __init__(self, team: Team) -> None:
+    name: ClassVar[ScheduleName] = "async"
+
+    def __init__(self, team: Team, open_groups: Sequence[OpenGroup]) -> None:
         self.team = team
         self._bound = StalenessBound(
             team.args.max_staleness,
@@ -25,6 +33,7 @@ class Asynchronous:
             first_version=team.first_episode - 1,
             last_version=team.args.num_episode,
         )
+        self._take_up(open_groups, version=team.first_episode - 1)
 
     def live(self, page: Page, state: RunState, episode: int) -> RunState:
         """One episode; engines go on through all of it."""
@@ -36,11 +45,24 @@ class Asynchronous:
             self._bound.learn(chosen)
             samples = judge(team, page, graded, episode)
 
-        num_steps = study(team, page, state, graded, samples)
+        examine(team, page, state, graded, samples)
+        num_steps = study(team, page, state, samples)
 
         with page.phase("publish"):
             page.add_transfer(publish(team, version=episode))
-        return state_after(state, num_steps, team.prompts.position_before(team.pipeline.unfinished()))
+        groups = team.pipeline.open_groups()
+        open_groups = [replace(group, version=self._bound.born(number)) for number, group in groups]
+        return state_after(state, num_steps, team.prompts.position, open_groups)
+
+    def _take_up(self, open_groups: Sequence[OpenGroup], version: int) -> None:
+        """Go on with what an earlier life of the run had asked; what today's bound does not allow is asked anew."""
+        refused: list[Prompt] = []
+        for group in open_groups:
+            if self._bound.admits(group.version, version):
+                self._bound.begin(self.team.pipeline.take_up(group, self.team.asking), group.version)
+            else:
+                refused.append(group.prompt)
+        self.team.prompts.give_back(refused)
 
     def _await_batch(self, page: Page, version: int) -> list[int]:
         """Keep the engines busy until there is a batch to learn from."""

@@ -106,7 +106,11 @@ def _continued(config: GrpoConfig, layout: Layout, saved: Saved) -> RunState:
         raise ConfigError(*problems_of(saved, comparison))
     for line in remarks_of(saved, comparison):
         announce(line)
-    return replace(saved.state, offset=0, deferred=()) if comparison.moves_data else saved.state
+    if comparison.moves_data:
+        return replace(saved.state, offset=0, deferred=(), open_groups=())
+    if comparison.harmful:  # What is under way was asked in another way: it is asked anew, as by another schedule.
+        return replace(saved.state, schedule="")
+    return saved.state
 
 
 def _require_free_names(root: Path, iteration: int) -> None:

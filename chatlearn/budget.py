@@ -51,7 +51,8 @@ class ShardedLoad:
     the ranks that hold the model once. ``weight_bytes`` and ``moment_bytes`` are those of one number of the weights and
     of one of the two moments. The ``*_on_host`` fields tell what is in host memory at some time of an episode: on the
     CPU everything, else what is offloaded or kept there. ``stays_gathered`` tells that every rank on the CPU holds all
-    weights and gradients during a step, as it does of a small model.
+    weights and gradients during a step, as it does of a small model; ``copied_for_saving`` that checkpoints are written
+    from a copy, while training goes on.
     """
 
     role: str
@@ -66,6 +67,7 @@ class ShardedLoad:
     gradients_on_host: bool
     moments_on_host: bool
     stays_gathered: bool
+    copied_for_saving: bool
 
     @property
     def share(self) -> float:
@@ -198,6 +200,7 @@ def _sharded_lines(load: ShardedLoad) -> list[BudgetLine]:
     # Each rank builds all of it before it cuts out its part; where parts stay on the host they take its place.
     excess = 0 if load.meta_init else load.num_ranks * weights - shards
     gathered = load.num_ranks * (weights + gradients) if load.stays_gathered else 0
+    copied = load.num_trained * (load.weight_bytes + 2 * load.moment_bytes) if load.copied_for_saving else 0
     offload = () if load.gradients_on_host else (f"{key}.free_gpu_memory.offload_weights",)
     whole = f"{load.num_ranks} ranks x {all_weights}"
     return [
@@ -222,6 +225,13 @@ def _sharded_lines(load: ShardedLoad) -> list[BudgetLine]:
             "episode",
             f"{share}2 x {trained} x {load.moment_bytes} bytes",
             (f"{key}.optimizer.state_dtype=bfloat16", f"{key}.lora.rank"),
+        ),
+        BudgetLine(
+            f"{load.role}: copy of weights and moments while they are saved",
+            round(load.share * copied),
+            "episode",
+            f"{share}{trained} x ({load.weight_bytes} + 2 x {load.moment_bytes}) bytes",
+            ("runtime_args.save_in_background=False",),
         ),
         BudgetLine(
             f"{load.role}: gathered weights and gradients",

@@ -25,6 +25,7 @@ from chatlearn.errors import ChatLearnError, ConfigError, RunError
 if TYPE_CHECKING:
     from chatlearn.config.schema import GrpoConfig
     from chatlearn.replay.comparison import Comparison
+    from chatlearn.resume_check.comparison import Comparison as RunComparison
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -115,6 +116,25 @@ def replay(
         typer.echo(json.dumps(document, indent=1))
 
 
+@app.command("resume-check")
+def resume_check(
+    config_file: Annotated[Path, typer.Option("--config-file", "-c", help="YAML file, see docs/config.md.")],
+    episodes: Annotated[int, typer.Option(min=2, help="How many episodes both runs have.")],
+    cut: Annotated[int, typer.Option(min=1, help="After which of them one is killed, to go on from there.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys to override.")] = None,
+) -> None:
+    """Prove that a killed run goes on as if nothing had happened: runs it three times, compares, prints JSON."""
+    config = read_config(config_file, overrides or ())
+    from chatlearn.resume_check import command
+    from chatlearn.resume_check.trial import trial_of
+
+    trial = trial_of(config, config_file, overrides or (), episodes, cut)
+    say = partial(typer.echo, err=True)
+    for warning in command.warnings_of(config, check(config, Environment.read())):
+        say(warning)
+    show_run_comparison(command.resume_check(trial, say))
+
+
 def check(config: GrpoConfig, environment: Environment) -> Layout:
     """Everything that can be known before the start; one ConfigError lists all that is wrong."""
     problems = disk_problems(config, environment)
@@ -181,6 +201,15 @@ def show_comparison(comparison: Comparison) -> None:
     failures = comparison.failures()
     if failures:
         raise RunError("\n".join(failures))
+
+
+def show_run_comparison(comparison: RunComparison) -> None:
+    """The document on standard output, the verdict on standard error; raises ``RunError`` where the runs differ."""
+    typer.echo(json.dumps(comparison.document(), indent=1, ensure_ascii=False))
+    if comparison.difference is not None:
+        raise RunError(f"the resumed run is another one: {comparison.difference}")
+    counts = ", ".join(f"{number} of {kind.replace('_', ' ')}" for kind, number in comparison.counts.items())
+    typer.echo(f"equal: {counts}", err=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

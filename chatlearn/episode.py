@@ -8,18 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from chatlearn.algorithm.advantage import AdvantageFn
 from chatlearn.checkpoint.capsule import BAD_STEP, CapsuleFacts, Reason
 from chatlearn.checkpoint.run_state import RunState
+from chatlearn.config.schedule import ScheduleName
 from chatlearn.data.stream import StreamPosition
 from chatlearn.gate import check_numerics
 from chatlearn.observability.describe import describe_evaluation, describe_rollouts, describe_versions
 from chatlearn.observability.journal import Page
-from chatlearn.records import Completion, Graded, Prompt, Sample, Score, StepStats
+from chatlearn.records import Completion, Graded, OpenGroup, Prompt, Sample, Score, StepStats
 from chatlearn.saving import begin_capsule, finish_capsule, is_due
 from chatlearn.team import Team
 from chatlearn.weights.wire import TransferStats
@@ -27,6 +28,8 @@ from chatlearn.weights.wire import TransferStats
 
 class Schedule(Protocol):
     """One way to take turns between engines and trainer."""
+
+    name: ClassVar[ScheduleName]
 
     def live(self, page: Page, state: RunState, episode: int) -> RunState:
         """One episode, from answers to published weights; returns where the next one begins."""
@@ -48,23 +51,24 @@ def tell_of(team: Team, page: Page, graded: Sequence[Graded], samples: Sequence[
     page.add({"policy_trainer/oversized_samples": float(team.trainer.num_oversized(samples))})
 
 
-def study(team: Team, page: Page, state: RunState, graded: Sequence[Graded], samples: list[Sample]) -> int:
-    """Learn from an episode's samples; returns the number of optimizer steps.
-
-    In the first episode of a run, and after every resume, engine and trainer are compared before anything is learned.
-    """
-    episode = state.episode + 1
-    if episode == team.first_episode:
+def examine(team: Team, page: Page, state: RunState, graded: Sequence[Graded], samples: Sequence[Sample]) -> None:
+    """In the first episode of a run, and after every resume: compare engine and trainer before anything is learned."""
+    if state.episode + 1 == team.first_episode and samples:
         with page.phase("numerics"):
             rollouts = [group.rollout for group in graded]
             check_numerics(team, page, state, rollouts, samples, lambda some: ask_again(team, page, some, state))
 
+
+def study(team: Team, page: Page, state: RunState, samples: list[Sample]) -> int:
+    """Learn from an episode's samples; returns the number of optimizer steps."""
+    episode = state.episode + 1
     if team.reference is not None:  # Absent when kl_coef is zero.
         with page.phase("reference"), team.reference.resident():
             samples = team.reference.annotate(samples)
 
     team.policy.current_version = None  # The trainer leaves the weights that the engines know.
     num_steps = 0
+    team.trainer.reseed(team.args.seed, episode)  # After the comparison above, which only some episodes have.
     with page.phase("train"), team.trainer.resident():
         if team.layout.steps_per_episode > 1:  # With a single step the step itself computes them.
             with page.phase("old_logprobs"):
@@ -152,6 +156,15 @@ def ask_again(team: Team, page: Page, prompts: Sequence[Prompt], state: RunState
     ]
 
 
+def ask_anew(team: Team, open_groups: Sequence[OpenGroup]) -> None:
+    """Let the data begin with these prompts, which nobody can go on with; their answers so far are forgotten.
+
+    Where something was learned from a prompt already, it has had its turn.
+    """
+    untouched = [group.prompt for group in open_groups if len(group.scores) <= len(group.finished)]
+    team.prompts.give_back(untouched)
+
+
 def evaluate(team: Team, page: Page, episode: int) -> dict[str, float]:
     """Answer every evaluation prompt with the evaluation's own sampling and random streams; returns what came out."""
     if not team.evaluation_prompts:
@@ -165,7 +178,9 @@ def evaluate(team: Team, page: Page, episode: int) -> dict[str, float]:
     return numbers
 
 
-def state_after(state: RunState, num_steps: int, position: StreamPosition) -> RunState:
+def state_after(
+    state: RunState, num_steps: int, position: StreamPosition, open_groups: Sequence[OpenGroup] = ()
+) -> RunState:
     """Where the next episode begins: this one counts, and its weights are published under its number."""
     return replace(
         state,
@@ -176,4 +191,5 @@ def state_after(state: RunState, num_steps: int, position: StreamPosition) -> Ru
         epoch=position.epoch,
         offset=position.offset,
         deferred=position.deferred,
+        open_groups=tuple(open_groups),
     )

@@ -49,6 +49,8 @@ def check_numerics(
     if team.asking.plan.reshapes:
         page.say("engine and trainer are not compared: the run samples from another distribution than it trains")
         return
+    if state.open_groups:  # Answers of an earlier life of the run are from other weights than today's.
+        answers, rollouts = ask_again([rollout.prompt for rollout in rollouts][:NUM_PROMPTS_AGAIN]), ()
     chosen = random.Random(state.episode).sample(answers, min(NUM_ANSWERS, len(answers)))
 
     def score(asked: Sequence[Sample], change: Change) -> list[FloatStream]:

@@ -9,10 +9,10 @@ one, made of the same parts, which are in ``episode.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Final
+from typing import ClassVar, Final
 
 from chatlearn.asynchronous import Asynchronous
 from chatlearn.beginning import announce, beginning, open_journal, put_aside, resume
@@ -23,15 +23,17 @@ from chatlearn.config.environment import Environment
 from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.schedule import ScheduleName, schedule_name
 from chatlearn.config.schema import GrpoConfig
-from chatlearn.episode import Schedule, evaluate, judge, publish, state_after, study
+from chatlearn.episode import Schedule, ask_anew, evaluate, examine, judge, publish, state_after, study
 from chatlearn.errors import DamagedCheckpointError
 from chatlearn.observability.journal import Journal, Page
 from chatlearn.one_step_off import OneStepOff
 from chatlearn.over_sampling import OverSampling
 from chatlearn.partial_rollout import PartialRollout
 from chatlearn.questions import read_questions
+from chatlearn.records import OpenGroup
 from chatlearn.saving import is_due, is_save_due, save
 from chatlearn.team import Team, gather
+from chatlearn.trainer.generators import seed_generators
 
 
 def run(config: GrpoConfig) -> None:
@@ -64,7 +66,7 @@ def train(config: GrpoConfig, layout: Layout) -> None:
         if state.episode == 0 and team.args.enable_eval_before_training:
             with journal.page(0) as page:
                 evaluate(team, page, episode=0)
-        schedule = SCHEDULES[schedule_name(config)](team)
+        schedule = taking_turns(schedule_name(config), team, state)
         try:
             for episode in range(state.episode + 1, team.args.num_episode + 1):
                 state = turn(team, journal, schedule, state, episode)
@@ -72,15 +74,27 @@ def train(config: GrpoConfig, layout: Layout) -> None:
         except Interrupted:
             journal.say(f"interrupted; keeping the state after episode {state.episode}")
             save(team, state, journal)
+            team.archive.finish()
             raise
+        team.archive.finish()
         journal.curve()
+
+
+def taking_turns(name: ScheduleName, team: Team, state: RunState) -> Schedule:
+    """The schedule of this name, in the middle of what an earlier life of the run left open with the same one."""
+    if state.schedule == name:
+        return SCHEDULES[name](team, state.open_groups)
+    ask_anew(team, state.open_groups)
+    return SCHEDULES[name](team, ())
 
 
 def turn(team: Team, journal: Journal, schedule: Schedule, state: RunState, episode: int) -> RunState:
     """One episode with what belongs to its end: evaluation, metrics on disk, and only then the checkpoint."""
+    team.archive.check()
+    seed_generators(team.args.seed, episode, "driver", rank=0)  # An advantage function of one's own may draw numbers.
     team.policy.take_busy_s()  # What engines did before, such as evaluation, is not this episode's.
     with journal.page(episode) as page:
-        state = schedule.live(page, state, episode)
+        state = replace(schedule.live(page, state, episode), schedule=schedule.name)
         page.add(team.care_numbers())
         if is_due(episode, team.args.eval_episode_interval):
             with suppress(Interrupted):  # The optimizer has stepped: the episode counts, and the loop stops after it.
@@ -93,7 +107,9 @@ def turn(team: Team, journal: Journal, schedule: Schedule, state: RunState, epis
 class Synchronous:
     """Engines answer, then the trainer learns, then engines get the weights: every answer is from the newest ones."""
 
-    def __init__(self, team: Team) -> None:
+    name: ClassVar[ScheduleName] = "sync"
+
+    def __init__(self, team: Team, _leaves_nothing_open: Sequence[OpenGroup]) -> None:
         self.team = team
 
     def live(self, page: Page, state: RunState, episode: int) -> RunState:
@@ -109,17 +125,18 @@ class Synchronous:
             graded = team.pipeline.take(asked)
             samples = judge(team, page, graded, episode)
 
-        num_steps = study(team, page, state, graded, samples)
+        examine(team, page, state, graded, samples)
+        num_steps = study(team, page, state, samples)
 
         with page.phase("publish"):
             page.add_transfer(publish(team, version=episode))
         return state_after(state, num_steps, team.prompts.position)
 
 
-SCHEDULES: Final[Mapping[ScheduleName, Callable[[Team], Schedule]]] = {
-    "sync": Synchronous,
-    "over_sampling": OverSampling,
-    "partial_rollout": PartialRollout,
-    "one_step_off": OneStepOff,
-    "async": Asynchronous,
+SCHEDULES: Final[Mapping[ScheduleName, Callable[[Team, Sequence[OpenGroup]], Schedule]]] = {
+    Synchronous.name: Synchronous,
+    OverSampling.name: OverSampling,
+    PartialRollout.name: PartialRollout,
+    OneStepOff.name: OneStepOff,
+    Asynchronous.name: Asynchronous,
 }

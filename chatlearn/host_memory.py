@@ -99,7 +99,12 @@ def _sharded_load(config: GrpoConfig, layout: Layout, role: str, plan: ShardedPl
         gradients_on_host=on_cpu or plan.keeps_on_host,
         moments_on_host=on_cpu or plan.keeps_on_host or (moves and plan.offload_optimizer_states),
         stays_gathered=on_cpu and count * weight_bytes < ModelSpec.whole_below_bytes,
+        copied_for_saving=trains_all and _saves_in_background(config),
     )
+
+
+def _saves_in_background(config: GrpoConfig) -> bool:
+    return config.runtime_args.save_in_background and config.runtime_args.save_episode_interval > 0
 
 
 def _episode_load(config: GrpoConfig, layout: Layout) -> EpisodeLoad:

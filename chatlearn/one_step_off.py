@@ -8,20 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from typing import ClassVar
 
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.interruption import Interrupted
-from chatlearn.episode import judge, publish, state_after, study
+from chatlearn.config.schedule import ScheduleName
+from chatlearn.episode import ask_anew, examine, judge, publish, state_after, study
 from chatlearn.observability.journal import Page
+from chatlearn.records import OpenGroup
 from chatlearn.team import Team
 
 
 class OneStepOff:
-    """``_asked`` are the groups of the episode that comes next."""
+    """``_asked`` are the groups of the episode that comes next; a resumed run has them from its earlier life."""
 
-    def __init__(self, team: Team) -> None:
+    name: ClassVar[ScheduleName] = "one_step_off"
+
+    def __init__(self, team: Team, open_groups: Sequence[OpenGroup]) -> None:
         self.team = team
         self._asked: Sequence[int] = ()
+        if len(open_groups) == team.layout.prompts_per_episode:
+            self._asked = [team.pipeline.take_up(group, team.asking) for group in open_groups]
+        else:  # An episode has another number of prompts than it had.
+            ask_anew(team, open_groups)
 
     def live(self, page: Page, state: RunState, episode: int) -> RunState:
         """One episode; only the first one of a process waits for its own answers."""
@@ -32,9 +42,10 @@ class OneStepOff:
         with page.phase("reward"):
             graded = team.pipeline.take(asked)
             samples = judge(team, page, graded, episode)
+        examine(team, page, state, graded, samples)
         self._asked = self._ask(episode + 1) if episode < team.args.num_episode else ()
 
-        num_steps = study(team, page, state, graded, samples)
+        num_steps = study(team, page, state, samples)
 
         # Weights change between answers, never within one. Once the optimizer has stepped the episode counts: the loop
         # is interrupted after it.
@@ -42,7 +53,8 @@ class OneStepOff:
             team.pipeline.await_answers(self._asked, page.progress)
         with page.phase("publish"):
             page.add_transfer(publish(team, version=episode))
-        return state_after(state, num_steps, team.prompts.position_before(team.pipeline.unfinished()))
+        open_groups = [replace(group, version=episode - 1) for _, group in team.pipeline.open_groups()]
+        return state_after(state, num_steps, team.prompts.position, open_groups)
 
     def _ask(self, episode: int) -> Sequence[int]:
         team = self.team

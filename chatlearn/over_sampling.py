@@ -7,18 +7,24 @@ for never waiting for them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
+from typing import ClassVar
 
 from chatlearn.checkpoint.run_state import RunState
-from chatlearn.episode import judge, publish, state_after, study
+from chatlearn.config.schedule import ScheduleName
+from chatlearn.episode import examine, judge, publish, state_after, study
 from chatlearn.observability.journal import Page
+from chatlearn.records import OpenGroup
 from chatlearn.team import Team
 
 
 class OverSampling:
     """Who is answered first is learned from."""
 
-    def __init__(self, team: Team) -> None:
+    name: ClassVar[ScheduleName] = "over_sampling"
+
+    def __init__(self, team: Team, _leaves_nothing_open: Sequence[OpenGroup]) -> None:
         self.team = team
 
     def live(self, page: Page, state: RunState, episode: int) -> RunState:
@@ -38,7 +44,8 @@ class OverSampling:
             graded = team.pipeline.take(first)
             samples = judge(team, page, graded, episode)
 
-        num_steps = study(team, page, state, graded, samples)
+        examine(team, page, state, graded, samples)
+        num_steps = study(team, page, state, samples)
 
         with page.phase("publish"):
             page.add_transfer(publish(team, version=episode))

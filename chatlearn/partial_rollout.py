@@ -7,14 +7,18 @@ was released to it, which is a different number of answers each time. ``rollout.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 
 from chatlearn.checkpoint.run_state import RunState
-from chatlearn.episode import compare, publish, state_after, study, tell_of
+from chatlearn.cluster.pipeline import Begun
+from chatlearn.config.schedule import ScheduleName
+from chatlearn.episode import compare, examine, publish, state_after, study, tell_of
 from chatlearn.observability.journal import Page
-from chatlearn.records import Completion
+from chatlearn.records import Completion, OpenGroup
 from chatlearn.rollout.partial import PartialPool
 from chatlearn.team import Team
 
@@ -24,16 +28,18 @@ NOTHING_YET = Completion(np.zeros(0, np.int32), np.zeros(0, np.float32), "", "le
 class PartialRollout:
     """Engines and trainer take turns; what is unfinished waits in the pool."""
 
-    def __init__(self, team: Team) -> None:
+    name: ClassVar[ScheduleName] = "partial_rollout"
+
+    def __init__(self, team: Team, open_groups: Sequence[OpenGroup]) -> None:
         assert team.rounds is not None, "the layout of partial rollout has rounds"
         self.team = team
-        self._pool = PartialPool(team.rounds)
+        self._pool = PartialPool(team.rounds, open_groups)
 
     def live(self, page: Page, state: RunState, episode: int) -> RunState:
         """One episode; where nothing was released there is nothing to learn, and the weights stay as they are."""
         team = self.team
         with page.phase("rollout"):
-            self._sample(page)
+            self._sample(page, episode)
             team.policy.sleep()
 
         with page.phase("reward"):
@@ -43,13 +49,14 @@ class PartialRollout:
             tell_of(team, page, graded, samples, episode)
             page.add({"partial_rollout_manager/num_train_samples": float(len(samples))})
 
-        num_steps = study(team, page, state, graded, samples) if samples else 0
+        examine(team, page, state, graded, samples)
+        num_steps = study(team, page, state, samples) if samples else 0
 
         with page.phase("publish"):
             page.add_transfer(publish(team, version=episode))
-        return state_after(state, num_steps, team.prompts.position_before(self._pool.untouched()))
+        return state_after(state, num_steps, team.prompts.position, self._pool.open_groups())
 
-    def _sample(self, page: Page) -> None:
+    def _sample(self, page: Page, episode: int) -> None:
         """Let all answers of the pool grow by the budget of their round, new ones included."""
         team = self.team
         for prompt in team.prompts.take(team.layout.prompts_per_episode):
@@ -57,9 +64,11 @@ class PartialRollout:
         counts = enumerate(self._pool.num_in_round())
         page.add({f"partial_rollout_manager/round_{number}_samples": float(count) for number, count in counts})
         groups = self._pool.to_ask()
-        plans = [replace(team.asking.plan, max_tokens=self._pool.budget(group)) for group in groups]
-        pairs = zip(groups, plans, strict=True)
-        asked = [team.pipeline.ask_on(group.prompt, group.unfinished, plan) for group, plan in pairs]
+        begun = [
+            Begun(group.prompt, group.unfinished, replace(team.asking.plan, max_tokens=self._pool.budget(group)))
+            for group in groups
+        ]
+        asked = team.pipeline.ask_on(begun, team.seeds(episode, "rollout"))
         team.pipeline.await_answers(asked, page.progress)
         for group, graded in zip(groups, team.pipeline.take(asked), strict=True):
             self._pool.enter(group, graded)

@@ -95,6 +95,23 @@ class Graded:
 
 
 @dataclass(frozen=True, eq=False)
+class OpenGroup:
+    """A prompt that was asked and that is not learned from, or not to the end: what a checkpoint keeps of it.
+
+    ``finished`` answers wait to be learned from, ``begun`` ones are gone on with, and what is missing is asked anew.
+    ``scores`` are those of all answers that were judged, the ones learned from already first. ``version`` names the
+    weights that were published when the prompt was asked; ``round`` counts the rounds that its answers have had.
+    """
+
+    prompt: Prompt
+    finished: tuple[Completion, ...] = ()
+    begun: tuple[Completion, ...] = ()
+    scores: tuple[Score, ...] = ()
+    version: int = 0
+    round: int = 0
+
+
+@dataclass(frozen=True, eq=False)
 class Sample:
     """One completion as the trainer sees it: prompt and completion tokens in one stream of length T.
 

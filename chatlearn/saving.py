@@ -10,17 +10,19 @@ from pathlib import Path
 from chatlearn.checkpoint import capsule
 from chatlearn.checkpoint.adapters import AdapterRecord
 from chatlearn.checkpoint.layout import (
-    HUGGING_FACE_FOLDER,
     begin,
     checkpoint_folder,
     latest_complete,
     prune,
     publish,
 )
-from chatlearn.checkpoint.manifest import Manifest
-from chatlearn.checkpoint.run_state import RunState, save_config, save_run_state
+from chatlearn.checkpoint.manifest import FileRecord, Manifest
+from chatlearn.checkpoint.room import require_room
+from chatlearn.checkpoint.run_state import RunState, save_config, save_counters, save_run_state
+from chatlearn.cluster.archive import Draft
+from chatlearn.cluster.exporter import Export
 from chatlearn.config.schema import RuntimeArgs
-from chatlearn.errors import RunError
+from chatlearn.errors import CheckpointError, RunError
 from chatlearn.models.family import family_of
 from chatlearn.observability.journal import Journal, Page
 from chatlearn.records import Sample
@@ -31,25 +33,35 @@ MAX_BAD_STEPS = 5
 
 
 def save(team: Team, state: RunState, journal: Journal) -> None:
-    """Publish a checkpoint of ``state``, unless there is one already; then let the oldest go.
+    """Begin a checkpoint of ``state``, unless there is one already; training goes on while it is written.
 
     The metrics of its episode are on disk before, and the checkpoint knows how long that file was. Everything that
     resume needs lies in the one folder; ``data_checkpoint_path`` gets a copy for people.
     """
-    root = team.layout.folders.save_model
-    if state.train_iteration == 0 or latest_complete(root) == checkpoint_folder(root, state.train_iteration):
+    if state.train_iteration == 0:
         return
-    begun = time.perf_counter()
-    staging = begin(root, state.train_iteration)
-    base = Path(team.layout.trainer.load)
+    begun, root = time.perf_counter(), team.layout.folders.save_model
     with journal.phase("saving"):
-        files = team.trainer.save(staging)  # From wherever the shards lie: the engines may hold the device now.
-        if team.saves_hugging_face:
-            with team.trainer.weights_resident():
-                team.trainer.save_hugging_face(base, staging / HUGGING_FACE_FOLDER)
-    state = replace(state, metrics_bytes=journal.metrics_bytes)
-    save_run_state(staging, state)
-    save_config(staging, team.config_text)
+        team.archive.settle()
+        if latest_complete(root) == checkpoint_folder(root, state.train_iteration):
+            return
+        state = replace(state, metrics_bytes=journal.metrics_bytes)
+        try:
+            require_room(root, team.checkpoint_bytes)
+            staging = begin(root, state.train_iteration)
+            save_run_state(staging, state)
+            save_config(staging, team.config_text)
+        except CheckpointError as error:
+            team.archive.mourn(state.train_iteration, error)
+        else:
+            team.archive.begin(_draft(team, state, staging))
+    journal.write(state.episode, {"time/save": time.perf_counter() - begun})
+
+
+def _draft(team: Team, state: RunState, staging: Path) -> Draft:
+    """What becomes of the staged checkpoint: it is published, and then the oldest one goes."""
+    root, base = team.layout.folders.save_model, Path(team.layout.trainer.load)
+    adapter = AdapterRecord.of(team.lora, base)
     manifest = Manifest(
         iteration=state.train_iteration,
         episode=state.episode,
@@ -57,14 +69,17 @@ def save(team: Team, state: RunState, journal: Journal) -> None:
         architecture=family_of(base).architecture,
         groupgemm=team.layout.trainer.groupgemm,
         num_ranks=team.layout.trainer.num_ranks,
-        files=files,
-        adapter=AdapterRecord.of(team.lora, base),
+        adapter=adapter,
         origin=team.origin,
     )
-    publish(root, manifest)
-    save_run_state(team.layout.folders.data_checkpoint, state)
-    prune(root, team.args.keep_checkpoints, team.args.keep_best)
-    journal.write(state.episode, {"time/save": time.perf_counter() - begun})
+
+    def complete(files: Sequence[FileRecord]) -> None:
+        publish(root, replace(manifest, files=tuple(files)))
+        save_counters(team.layout.folders.data_checkpoint, state)
+        prune(root, team.args.keep_checkpoints, team.args.keep_best)
+
+    export = Export(base, adapter) if team.saves_hugging_face else None
+    return Draft(state.train_iteration, staging, export, complete)
 
 
 def begin_capsule(team: Team, page: Page, iteration: int) -> None:

@@ -163,6 +163,8 @@ def blueprint(config: GrpoConfig, layout: Layout, *, one_host: bool) -> Blueprin
         else _sharded(config, layout, layout.reference, "ref_policy", one_host=one_host),
         base_is_reference=layout.base_is_reference,
         graders=_graders(config, layout),
+        exporter=_exporter(config),
+        saves_in_background=config.runtime_args.save_in_background,
         takes_turns=takes_turns(layout, "policy"),
         device_kind=layout.device_kind,
         patience=Patience(config.runtime_args.engine_timeout_s, config.runtime_args.engine_restart_timeout_s),
@@ -207,6 +209,13 @@ def _sharded(config: GrpoConfig, layout: Layout, sharded: ShardedPlan, role: str
 def takes_turns(layout: Layout, role: str) -> bool:
     """Whether a role shares accelerators with others; on the CPU every process keeps its own memory."""
     return layout.device_kind == "cuda" and any(role in group.roles and len(group.roles) > 1 for group in layout.groups)
+
+
+def _exporter(config: GrpoConfig) -> RolePlan | None:
+    """It reserves no core: it works now and then, and yields to those who train."""
+    if not config.models.policy_trainer.save_hf or config.runtime_args.save_episode_interval == 0:
+        return None
+    return RolePlan((), 0, 1, (), (device.worker_environment("cpu", 1),))
 
 
 def _graders(config: GrpoConfig, layout: Layout) -> GraderBlueprint:

@@ -12,6 +12,7 @@ from chatlearn.algorithm.advantage import ADVANTAGES, AdvantageFn
 from chatlearn.checkpoint.adapters import base_digest
 from chatlearn.checkpoint.manifest import Origin
 from chatlearn.checkpoint.run_state import RunState
+from chatlearn.cluster.archive import Archive
 from chatlearn.cluster.cluster import Cluster, ClusterSpec
 from chatlearn.cluster.crew import open_crew
 from chatlearn.cluster.groups import ReferenceGroup, TrainerGroup
@@ -26,6 +27,7 @@ from chatlearn.config.resolve import resolve
 from chatlearn.config.schema import GrpoConfig, RuntimeArgs
 from chatlearn.config.text import resolved_text
 from chatlearn.data.stream import PromptStream, StreamPosition
+from chatlearn.disk_room import size_of_checkpoint
 from chatlearn.models.lora import LoraSpec
 from chatlearn.observability.journal import Journal
 from chatlearn.questions import Questions
@@ -58,6 +60,7 @@ class Team:
     trainer: TrainerGroup
     reference: ReferenceGroup | None
     graders: RewardGroup
+    archive: Archive
     advantage: AdvantageFn
     asking: Asking
     evaluation_asking: Asking
@@ -67,6 +70,7 @@ class Team:
     config_text: str
     lora: LoraSpec | None
     origin: Origin
+    checkpoint_bytes: int
 
     def seeds(self, episode: int, purpose: SamplingPurpose) -> list[int]:
         """One seed for each engine: training and evaluation never share a random stream."""
@@ -78,8 +82,8 @@ class Team:
         return self.layout.batches(samples, seed=self.args.seed + episode)
 
     def care_numbers(self) -> dict[str, float]:
-        """How long the engines were busy since this was asked before, and how many processes were replaced so far."""
-        return {
+        """How long the engines were busy and what was saved since this was asked before; processes replaced so far."""
+        return self.archive.take_numbers() | {
             "rollout/engine_busy_s": self.policy.take_busy_s(),
             "rollout/replaced_engines": float(self.policy.num_replaced),
             "rule_reward/replaced_graders": float(self.graders.num_replaced),
@@ -129,6 +133,7 @@ def gather(
             trainer=crew.trainer,
             reference=crew.reference,
             graders=crew.graders,
+            archive=crew.archive,
             advantage=resolve(ADVANTAGES, config.runtime_args.advantage, "runtime_args.advantage"),
             asking=Asking(policy.num_inference_per_prompt, specs.sampling_plan(config)),
             evaluation_asking=Asking(config.runtime_args.eval_samples_per_prompt, specs.evaluation_plan(config)),
@@ -138,6 +143,7 @@ def gather(
             config_text=resolved_text(config),
             lora=lora_spec(config),
             origin=Origin(questions.training.content_hash, base_digest(Path(layout.trainer.load))),
+            checkpoint_bytes=size_of_checkpoint(config, layout).total,
         )
 
 

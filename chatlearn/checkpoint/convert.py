@@ -13,7 +13,7 @@ from torch import Tensor
 from chatlearn.checkpoint.adapters import AdapterRecord, base_digest
 from chatlearn.checkpoint.architecture import Shapes, parameter_shapes
 from chatlearn.checkpoint.documents import read_document, text
-from chatlearn.checkpoint.hugging_face import DTYPES, StoredDtype, write_hugging_face
+from chatlearn.checkpoint.hugging_face import DTYPES, StoredDtype, WrittenModel, write_hugging_face
 from chatlearn.checkpoint.layout import MODEL_FOLDER, checkpoint_folder, list_complete
 from chatlearn.checkpoint.manifest import Manifest, verify_checksums, verify_sizes
 from chatlearn.checkpoint.saved_tensors import SavedTensors
@@ -67,19 +67,41 @@ def convert(
     family = _family(base_dir, manifest)
     notes += _groupgemm_notes(family, manifest, groupgemm)
     verify_checksums(folder, [record for record in manifest.files if record.name.startswith(f"{MODEL_FOLDER}/")])
-    shapes = parameter_shapes(base_dir)
-    tensors = SavedTensors(folder / MODEL_FOLDER)
-    if manifest.adapter is None:
-        _require_shapes(folder, tensors.shapes, shapes)
-        stream = _stored(tensors, shapes, family, dtype, progress)
-    else:
+    if manifest.adapter is not None:
         _require_base(base_dir, manifest, manifest.adapter)
-        _require_shapes(folder, tensors.shapes, _factor_shapes(folder, tensors.shapes, shapes, manifest.adapter))
-        stream = _merged(tensors, shapes, family, dtype, progress, manifest.adapter, base_dir)
-    written = write_hugging_face(stream, base_dir, save_dir, dtype)
+    written = export(folder, base_dir, save_dir, manifest.adapter, dtype, progress)
     return ConversionReport(
         written.directory, base_dir, iteration, written.num_tensors, written.num_bytes, written.files, notes
     )
+
+
+def export(
+    folder: Path,
+    base_dir: Path,
+    save_dir: Path,
+    adapter: AdapterRecord | None = None,
+    dtype: StoredDtype = "bfloat16",
+    progress: Progress = no_progress,
+) -> WrittenModel:
+    """Write the shards in ``folder/model`` as the model directory ``save_dir``, with what else ``base_dir`` has in it.
+
+    Asks for no manifest and compares no checksums: the folder may be a checkpoint that is still being made, and
+    ``save_dir`` may lie in it. ``adapter`` describes what the shards hold where that is not the whole model; it must
+    have been trained on ``base_dir``. Opens no process group, but transformers and torch keep settings of the whole
+    process, so beside training it belongs in a process of its own.
+    Raises ``CheckpointError`` for shards that are damaged or of another model, and ``ConfigError`` where ``save_dir``
+    holds something that is not an earlier conversion.
+    """
+    shapes = parameter_shapes(base_dir)
+    family = family_of(base_dir)
+    tensors = SavedTensors(folder / MODEL_FOLDER)
+    if adapter is None:
+        _require_shapes(folder, tensors.shapes, shapes)
+        stream = _stored(tensors, shapes, family, dtype, progress)
+    else:
+        _require_shapes(folder, tensors.shapes, _factor_shapes(folder, tensors.shapes, shapes, adapter))
+        stream = _merged(tensors, shapes, family, dtype, progress, adapter, base_dir)
+    return write_hugging_face(stream, base_dir, save_dir, dtype)
 
 
 def _checkpoint(ckpt_dir: Path, iteration: int) -> Path:

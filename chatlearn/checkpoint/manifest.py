@@ -92,14 +92,6 @@ def read_manifest(directory: Path, name: str = MANIFEST_NAME) -> Manifest:
     require_schema(document, SCHEMA_VERSION, path, oldest=OLDEST_SCHEMA)
     if integer(document, "schema_version", path) > OLDEST_SCHEMA or CHECKSUM in document:
         require_checksum(document, path)
-    files = tuple(
-        FileRecord(
-            name=_inner_name(text(entry, "name", path), path),
-            num_bytes=integer(entry, "num_bytes", path),
-            crc32=text(entry, "crc32", path),
-        )
-        for entry in objects(document, "files", path)
-    )
     return Manifest(
         iteration=integer(document, "iteration", path),
         episode=integer(document, "episode", path),
@@ -107,9 +99,21 @@ def read_manifest(directory: Path, name: str = MANIFEST_NAME) -> Manifest:
         architecture=text(document, "architecture", path),
         groupgemm=flag(document, "groupgemm", path),
         num_ranks=integer(document, "num_ranks", path),
-        files=files,
+        files=read_files(document, path),
         adapter=read_adapter(document, path),
         origin=_read_origin(document, path),
+    )
+
+
+def read_files(document: Document, path: Path) -> tuple[FileRecord, ...]:
+    """The list of files in a document that was read from ``path``."""
+    return tuple(
+        FileRecord(
+            name=_inner_name(text(entry, "name", path), path),
+            num_bytes=integer(entry, "num_bytes", path),
+            crc32=text(entry, "crc32", path),
+        )
+        for entry in objects(document, "files", path)
     )
 
 

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from chatlearn.checkpoint.documents import Document, inner, integer, integers, number, read_document, require_schema
+from chatlearn.checkpoint.documents import (
+    Document,
+    inner,
+    integer,
+    integers,
+    number,
+    read_document,
+    require_schema,
+    text,
+)
 from chatlearn.checkpoint.durable import failures_named, write_text
+from chatlearn.checkpoint.open_groups import load_open_groups, save_open_groups
+from chatlearn.records import OpenGroup
 
 RUN_STATE_NAME = "run_state.json"
 CONFIG_NAME = "config.yaml"
@@ -24,6 +35,7 @@ class RunState:
     ``metrics_bytes`` is the length that ``metrics.jsonl`` had, a fact for tools; a resume cuts that file by step.
     ``evaluation`` holds the numbers that the finished episode was evaluated with, if it was.
     ``gone_back_to`` is the train iteration that somebody sent the run back to; all later checkpoints carry it.
+    ``open_groups`` are the prompts that ``schedule``, by its name, is in the middle of, the oldest first.
     """
 
     episode: int
@@ -35,14 +47,20 @@ class RunState:
     deferred: tuple[int, ...] = ()
     gone_back_to: int | None = None
     evaluation: Mapping[str, float] = field(default_factory=dict[str, float])
+    schedule: str = ""
+    open_groups: tuple[OpenGroup, ...] = ()
 
 
 def save_run_state(directory: Path, state: RunState) -> None:
-    """Write ``run_state.json`` into ``directory``, replacing an earlier one whole.
+    """Write ``state`` into ``directory``, a staged checkpoint: what resume reads."""
+    save_counters(directory, state)
+    save_open_groups(directory, state.open_groups)
 
-    Inside a staged checkpoint this is what resume reads; in ``data_checkpoint_path`` it is a copy for people.
-    """
-    document = {"schema_version": SCHEMA_VERSION, **asdict(state)}
+
+def save_counters(directory: Path, state: RunState) -> None:
+    """Write ``run_state.json`` alone, replacing an earlier one whole: in ``data_checkpoint_path`` for people."""
+    counters = {key: value for key, value in asdict(replace(state, open_groups=())).items() if key != "open_groups"}
+    document = {"schema_version": SCHEMA_VERSION, **counters, "num_open_groups": len(state.open_groups)}
     with failures_named(directory):
         write_text(directory / RUN_STATE_NAME, json.dumps(document, indent=1) + "\n")
 
@@ -74,6 +92,8 @@ def load_run_state(directory: Path) -> RunState:
         deferred=integers(document, "deferred", path),
         gone_back_to=None if document.get("gone_back_to") is None else integer(document, "gone_back_to", path),
         evaluation=_evaluation(document, path),
+        schedule=text(document, "schedule", path) if "schedule" in document else "",  # older ones left nothing open
+        open_groups=load_open_groups(directory),
     )
 
 

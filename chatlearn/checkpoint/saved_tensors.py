@@ -35,6 +35,10 @@ class SavedTensors:
         }
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry.size) for name, entry in self._tensors.items()}
 
+    def read_as_saved(self, name: str) -> Tensor:
+        """The whole tensor in the dtype that it was saved with: the very same bits."""
+        return self.read(name, self._tensors[name].properties.dtype)
+
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The whole tensor as ``dtype``; needs memory for that and ``READ_BYTES``, not for a shard."""
         entry = self._tensors[name]

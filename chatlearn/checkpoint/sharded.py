@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from chatlearn.checkpoint.adapters import AdapterRecord, require_same_adapter, require_same_layers
-from chatlearn.checkpoint.durable import failures_named
+from chatlearn.checkpoint.durable import failures_named, sync
 from chatlearn.checkpoint.guarded_reader import METADATA_NAME, GuardedPlanner, GuardedReader, load_plain
 from chatlearn.checkpoint.layout import MODEL_FOLDER, OPTIMIZER_FOLDER, RANDOM_FOLDER
 from chatlearn.checkpoint.manifest import FileRecord, Manifest, record_file, verify_checksums, verify_sizes
@@ -53,22 +53,47 @@ class Restored:
     random_states: bool
 
 
+@dataclass(frozen=True, eq=False)
+class ShardState:
+    """What one rank puts into a checkpoint: its parts of the trained weights and of the optimizer's moments, by name,
+    and the states of its random generators."""
+
+    weights: dict[str, Any]
+    moments: dict[str, Any]
+    random_states: dict[str, Any]
+
+
+def shard_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> ShardState:
+    """This rank's part as it is now. Its tensors are the live ones: the next step changes them."""
+    moments = get_optimizer_state_dict(module, optimizer, options=TRAINED)
+    weights = get_model_state_dict(module, options=TRAINED)
+    return ShardState(weights, {STATE: moments[STATE]}, _random_states(module))
+
+
 def save_shards(directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[FileRecord, ...]:
     """Write this rank's part below ``directory`` (a staging folder); returns the files this rank wrote.
 
     Collective. Raises ``CheckpointError`` on every rank when one of them cannot write.
     """
+    return write_shards(directory, shard_state(module, optimizer))
+
+
+def write_shards(directory: Path, state: ShardState, group: dist.ProcessGroup | None = None) -> tuple[FileRecord, ...]:
+    """Write ``state`` below ``directory``, all of it on the disk when this returns; returns the files of this rank.
+
+    Collective over ``group``, the default one where it is ``None``. Raises ``CheckpointError`` on every rank when one
+    of them cannot write a shard.
+    """
     rank, _ = _place()
-    _write(get_model_state_dict(module, options=TRAINED), directory / MODEL_FOLDER)
-    moments = get_optimizer_state_dict(module, optimizer, options=TRAINED)
-    _write({STATE: moments[STATE]}, directory / OPTIMIZER_FOLDER)
-    random_file = save_random_states(directory, module)
-    shards = [
-        *directory.glob(f"*/__{rank}_*.distcp"),
-        random_file,
-        *(directory.glob(f"*/{METADATA_NAME}") if rank == 0 else ()),
-    ]
-    return tuple(record_file(directory, path.relative_to(directory).as_posix()) for path in sorted(shards))
+    _write(state.weights, directory / MODEL_FOLDER, group)
+    _write(state.moments, directory / OPTIMIZER_FOLDER, group)
+    with failures_named(directory):
+        shards = [
+            *directory.glob(f"*/__{rank}_*.distcp"),
+            _write_random_states(directory, state.random_states),
+            *(directory.glob(f"*/{METADATA_NAME}") if rank == 0 else ()),
+        ]
+        return tuple(record_file(directory, path.relative_to(directory).as_posix()) for path in sorted(shards))
 
 
 def load_shards(
@@ -99,11 +124,16 @@ def save_random_states(directory: Path, module: nn.Module) -> Path:
 
     Weights-only: it consists of tensors and plain numbers. ``module`` tells which kind of device computes.
     """
+    with failures_named(directory):
+        return _write_random_states(directory, _random_states(module))
+
+
+def _write_random_states(directory: Path, states: dict[str, Any]) -> Path:
     rank, _ = _place()
     file = directory / RANDOM_FOLDER / f"rank_{rank}.pt"
-    with failures_named(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(_random_states(module), file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(states, file)
+    sync(file)  # from the machine that wrote it: on a shared file system no other one can
     return file
 
 
@@ -119,10 +149,10 @@ def _place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _write(state: dict[str, Any], folder: Path) -> None:
-    writer = FileSystemWriter(folder)
+def _write(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> None:
+    writer, alone = FileSystemWriter(folder), not dist.is_initialized()
     try:
-        state_dict_saver.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+        state_dict_saver.save(state, storage_writer=writer, process_group=group, no_dist=alone)
     except (CheckpointException, OSError) as error:
         raise CheckpointError(f"{folder}: cannot be written: {_cause(error)}") from error
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 
 from chatlearn import device
 from chatlearn.batch.plan import BatchLayout
+from chatlearn.cluster.archive import Archive
 from chatlearn.cluster.cluster import Cluster, Place, Troupe
+from chatlearn.cluster.export_worker import ExportWorker
+from chatlearn.cluster.exporter import Exporter
 from chatlearn.cluster.fanout import Group, Ticket, call, collect
 from chatlearn.cluster.groups import ReferenceGroup, TrainerGroup
 from chatlearn.cluster.pipeline import Pipeline
@@ -90,6 +93,7 @@ class Blueprint:
     """All roles of a run. ``takes_turns``: engines share accelerators with a model that trains or scores.
 
     Where ``base_is_reference``, the trainer's own base scores as the reference, and there is no model of that role.
+    ``exporter`` makes Hugging Face directories, where checkpoints get them.
     """
 
     policy: EngineBlueprint
@@ -97,6 +101,8 @@ class Blueprint:
     reference: ModelBlueprint | None
     base_is_reference: bool
     graders: GraderBlueprint
+    exporter: RolePlan | None
+    saves_in_background: bool
     takes_turns: bool
     device_kind: DeviceKind
     patience: Patience
@@ -104,13 +110,14 @@ class Blueprint:
 
 @dataclass(frozen=True)
 class Crew:
-    """The open groups, and what leads from prompts through engines and graders."""
+    """The open groups, what leads from prompts through engines and graders, and where checkpoints go."""
 
     pipeline: Pipeline
     policy: PolicyGroup
     trainer: TrainerGroup
     reference: ReferenceGroup | None
     graders: RewardGroup
+    archive: Archive
 
 
 def open_crew(cluster: Cluster, blueprint: Blueprint, tell: Callable[[str], None]) -> Crew:
@@ -118,18 +125,24 @@ def open_crew(cluster: Cluster, blueprint: Blueprint, tell: Callable[[str], None
 
     ``tell`` says something to the person who watches, such as that an engine was replaced.
     """
-    troupes = [
-        Troupe("policy", RolloutWorker, places(cluster, blueprint.policy.plan)),
-        Troupe("policy_trainer", TrainerWorker, places(cluster, blueprint.trainer.sharded.plan)),
-        Troupe("reward", RewardWorker, places(cluster, blueprint.graders.plan)),
-    ]
-    if blueprint.reference is not None:
-        troupes.append(Troupe("ref_policy", ReferenceWorker, places(cluster, blueprint.reference.plan)))
-    engines, trainers, judges, *references = cluster.spawn(troupes)
+    groups = _spawn(cluster, blueprint)
+    engines, trainers, judges = groups["policy"], groups["policy_trainer"], groups["reward"]
+    references = [group for role, group in groups.items() if role == "ref_policy"]
+
+    def attend() -> None:
+        """Whoever waits for engines may be interrupted, and checkpoints go on meanwhile."""
+        cluster.heartbeat()
+        archive.advance()
+
+    def look_after() -> None:
+        """While trainer and reference work, engines, graders and checkpoints are looked after."""
+        pipeline.advance()
+        archive.advance()
 
     policy = PolicyGroup(engines, cluster, _engine_care(blueprint, tell))
     graders = RewardGroup(judges, cluster, _grader_care(blueprint, tell))
-    pipeline = Pipeline(policy, graders, cluster.heartbeat)
+    pipeline = Pipeline(policy, graders, attend)
+    archive = _archive(Group(trainers.members, look_after), groups.get("exporter"), cluster, blueprint, tell)
     opening = engines.start("open", [(blueprint.policy.engine, spec) for spec in blueprint.policy.replicas])
     opening += judges.start("open", [_grading(blueprint.graders)] * len(judges.members))
     if blueprint.takes_turns:  # An engine measures how much memory is free: the trainer must not be there yet.
@@ -142,8 +155,7 @@ def open_crew(cluster: Cluster, blueprint: Blueprint, tell: Callable[[str], None
     if _proves(blueprint.policy):
         collect(engines.start("prove", [(spec.model_path,) for spec in blueprint.policy.replicas]), cluster.heartbeat)
 
-    # While trainer and reference work, engines and graders are looked after.
-    trainers, *references = [Group(group.members, pipeline.advance) for group in (trainers, *references)]
+    trainers, *references = [Group(group.members, look_after) for group in (trainers, *references)]
     learning = blueprint.trainer
     trainer = TrainerGroup(trainers, learning.steps, learning.sharded.scores, learning.sharded.luggage)
     supply = WeightSupply(trainers, _wiring(blueprint), learning.sharded.luggage)
@@ -153,7 +165,28 @@ def open_crew(cluster: Cluster, blueprint: Blueprint, tell: Callable[[str], None
     trainer.send_home()
     if reference is not None:
         reference.send_home()
-    return Crew(pipeline, policy, trainer, reference, graders)
+    return Crew(pipeline, policy, trainer, reference, graders, archive)
+
+
+def _spawn(cluster: Cluster, blueprint: Blueprint) -> dict[str, Group]:
+    """Start every process; the groups by role."""
+    troupes = [
+        Troupe("policy", RolloutWorker, places(cluster, blueprint.policy.plan)),
+        Troupe("policy_trainer", TrainerWorker, places(cluster, blueprint.trainer.sharded.plan)),
+        Troupe("reward", RewardWorker, places(cluster, blueprint.graders.plan)),
+    ]
+    if blueprint.reference is not None:
+        troupes.append(Troupe("ref_policy", ReferenceWorker, places(cluster, blueprint.reference.plan)))
+    if blueprint.exporter is not None:
+        troupes.append(Troupe("exporter", ExportWorker, places(cluster, blueprint.exporter)))
+    return dict(zip([troupe.role for troupe in troupes], cluster.spawn(troupes), strict=True))
+
+
+def _archive(
+    trainers: Group, exporters: Group | None, cluster: Cluster, blueprint: Blueprint, tell: Callable[[str], None]
+) -> Archive:
+    exporter = None if exporters is None else Exporter(exporters.members[0], cluster)
+    return Archive(trainers, exporter, tell, in_background=blueprint.saves_in_background)
 
 
 def _wiring(blueprint: Blueprint) -> Wiring:

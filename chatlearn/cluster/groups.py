@@ -10,7 +10,6 @@ from typing import Literal
 
 from chatlearn.batch.pack import TrainBatch, pack, unpack
 from chatlearn.batch.plan import BatchLayout, oversized
-from chatlearn.checkpoint.manifest import FileRecord
 from chatlearn.checkpoint.sharded import Restored
 from chatlearn.cluster.engine_client import Delivery
 from chatlearn.cluster.fanout import Group
@@ -29,6 +28,10 @@ class TrainerGroup:
         self.steps = steps
         self.scores = scores
         self.luggage = luggage
+
+    def reseed(self, run_seed: int, episode: int) -> None:
+        """Let the generators of every rank begin an episode, with numbers that follow from it alone."""
+        self.group.map("reseed", run_seed, episode)
 
     def step(self, samples: Sequence[Sample], iteration: int) -> StepStats:
         """Take one optimizer step with these samples; ``iteration`` counts the steps of the run from 1."""
@@ -65,10 +68,6 @@ class TrainerGroup:
         delivery: Delivery = self.group.map("send_weights", version)[0]
         return delivery
 
-    def save(self, staging: Path) -> tuple[FileRecord, ...]:
-        """Every rank writes its shards; returns what they wrote."""
-        return tuple(record for records in self.group.map("save", staging) for record in records)
-
     def load(self, checkpoint: Path) -> Restored:
         """Every rank takes over its part of a published checkpoint; raises ``DamagedCheckpointError``."""
         restored: Restored | DamagedCheckpointError = self.group.map("load", checkpoint)[0]
@@ -79,10 +78,6 @@ class TrainerGroup:
     def save_capsule(self, base_dir: Path, staging: Path) -> None:
         """Every rank puts into a capsule what it alone has."""
         self.group.map("save_capsule", base_dir, staging)
-
-    def save_hugging_face(self, base_dir: Path, save_dir: Path) -> None:
-        """Gather and write the weights as a Hugging Face directory."""
-        self.group.map("save_hugging_face", base_dir, save_dir)
 
     def capacity(self) -> Capacity:
         """All ranks together; the memory is that of the rank which held most."""

@@ -13,10 +13,10 @@ from typing import TypeVar
 import ray
 
 from chatlearn.cluster.fanout import POLL_S, Member
-from chatlearn.cluster.policy_group import PolicyGroup
+from chatlearn.cluster.policy_group import Asked, PolicyGroup
 from chatlearn.cluster.reward_group import RewardGroup
 from chatlearn.cluster.waiting import WAITING
-from chatlearn.records import Completion, Graded, Prompt
+from chatlearn.records import Completion, Graded, OpenGroup, Prompt, Rollout
 from chatlearn.rollout.assembly import Assembly
 from chatlearn.rollout.dispatch import plan_dispatch
 from chatlearn.rollout.engine import SamplingPlan
@@ -33,6 +33,15 @@ class Asking:
     plan: SamplingPlan
 
 
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """Answers to a prompt that are to go on, as ``plan`` says."""
+
+    prompt: Prompt
+    answers: Sequence[Completion]
+    plan: SamplingPlan
+
+
 class Pipeline:
     """Groups are known by their numbers, which count up in the order in which they were asked.
 
@@ -44,15 +53,15 @@ class Pipeline:
         self._graders = graders
         self._heartbeat = heartbeat
         self._assembly = Assembly()
-        self._being_graded: dict[int, Prompt] = {}
+        self._being_graded: dict[int, Rollout] = {}
         self._graded: dict[int, Graded] = {}
         self._owed: dict[int, Member] = {}  # Who has been asked something and has not answered, for the lookout.
 
     def ask_planned(self, prompts: Sequence[Prompt], asking: Asking, seeds: Sequence[int]) -> list[int]:
         """Ask a batch, one seed for each replica: the same batch and seeds sample the same answers."""
         expected = [self._assembly.expect(prompt, asking.num_completions) for prompt in prompts]
-        shares = plan_dispatch([requests for _, requests in expected], len(seeds))
-        self._policy.submit_planned(shares, asking.plan, seeds)
+        groups = [[Asked(request, asking.plan) for request in requests] for _, requests in expected]
+        self._policy.submit_planned(plan_dispatch(groups, len(seeds)), seeds)
         return [number for number, _ in expected]
 
     def ask(self, prompt: Prompt, asking: Asking) -> int:
@@ -61,11 +70,23 @@ class Pipeline:
         self._policy.submit(requests, asking.plan)
         return number
 
-    def ask_on(self, prompt: Prompt, begun: Sequence[Completion], plan: SamplingPlan) -> int:
-        """Have answers that are begun already go on; they come out whole, each with what there was of it."""
-        number, requests = self._assembly.expect(prompt, len(begun))
-        pairs = zip(requests, begun, strict=True)
-        self._policy.submit([replace(request, begun=answer) for request, answer in pairs], plan)
+    def ask_on(self, groups: Sequence[Begun], seeds: Sequence[int]) -> list[int]:
+        """Have answers that are begun go on, planned like a batch; each comes out whole, with what there was of it."""
+        expected = [self._assembly.expect(group.prompt, len(group.answers)) for group in groups]
+        asked = [
+            [Asked(replace(one, begun=answer), group.plan) for one, answer in zip(wanted, group.answers, strict=True)]
+            for group, (_, wanted) in zip(groups, expected, strict=True)
+        ]
+        self._policy.submit_planned(plan_dispatch(asked, len(seeds)), seeds)
+        return [number for number, _ in expected]
+
+    def take_up(self, group: OpenGroup, asking: Asking) -> int:
+        """A group of an earlier life of the run: its finished answers are judged, and the missing ones asked."""
+        number, requests, whole = self._assembly.take_up(group.prompt, asking.num_completions, group.finished)
+        if whole is not None:
+            self._submit_to_grader(number, whole)
+        else:
+            self._policy.submit(requests, asking.plan)
         return number
 
     def advance(self) -> None:
@@ -74,9 +95,7 @@ class Pipeline:
             WAITING.progress()
             whole = self._assembly.enter(finished)
             if whole is not None:
-                number, rollout = whole
-                self._being_graded[number] = rollout.prompt
-                self._graders.submit(number, rollout)
+                self._submit_to_grader(*whole)
         for number, graded in self._graders.advance():
             WAITING.progress()
             if self._being_graded.pop(number, None) is not None:
@@ -124,16 +143,20 @@ class Pipeline:
         self._policy.abort(names)
         for number in numbers:
             if number in self._being_graded:
-                prompts[number] = self._being_graded.pop(number)
+                prompts[number] = self._being_graded.pop(number).prompt
             elif number in self._graded:
                 prompts[number] = self._graded.pop(number).rollout.prompt
         return [prompts[number] for number in sorted(prompts)]
 
-    def unfinished(self) -> list[Prompt]:
-        """The prompts of all groups that were asked and not taken, in the order in which they were asked."""
-        graded = {number: group.rollout.prompt for number, group in self._graded.items()}
-        waiting = self._assembly.prompts() | self._being_graded | graded
-        return [waiting[number] for number in sorted(waiting)]
+    def open_groups(self) -> list[tuple[int, OpenGroup]]:
+        """All groups that were asked and not taken, with the answers they have, in the order they were asked."""
+        rollouts = self._being_graded | {number: group.rollout for number, group in self._graded.items()}
+        whole = {number: OpenGroup(rollout.prompt, rollout.completions) for number, rollout in rollouts.items()}
+        return sorted((self._assembly.open_groups() | whole).items())
+
+    def _submit_to_grader(self, number: int, rollout: Rollout) -> None:
+        self._being_graded[number] = rollout
+        self._graders.submit(number, rollout)
 
     def _wait_a_moment(self) -> None:
         waited = [*self._policy.references(), *self._graders.references()]

@@ -82,16 +82,15 @@ class PolicyGroup:
         """Tell from whom newcomers get their weights; known once trainer and engines are connected."""
         self._supply = supply
 
-    def submit_planned(self, shares: Sequence[Sequence[Request]], plan: SamplingPlan, seeds: Sequence[int]) -> None:
+    def submit_planned(self, shares: Sequence[Sequence[Asked]], seeds: Sequence[int]) -> None:
         """Ask every replica what was planned for it, with its own seed: the same shares are answered the same way."""
-        for number, (requests, seed) in enumerate(zip(shares, seeds, strict=True)):
-            asked = [Asked(request, replace(plan, seed=seed)) for request in requests]
-            if not asked:
-                continue
-            if self._posts[number].is_manned and not self._held:
-                self._give(number, asked)
-            else:
-                self._homeless += by_prompt(asked)
+        for number, (share, seed) in enumerate(zip(shares, seeds, strict=True)):
+            for plan, neighbours in groupby(share, key=lambda one: one.plan):
+                asked = [Asked(one.request, replace(plan, seed=seed)) for one in neighbours]
+                if self._posts[number].is_manned and not self._held:
+                    self._give(number, asked)
+                else:
+                    self._homeless += by_prompt(asked)
         self._keep_busy()
 
     def submit(self, requests: Sequence[Request], plan: SamplingPlan) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from chatlearn.batch.pack import MicroBatch
-    from chatlearn.checkpoint.manifest import FileRecord
     from chatlearn.checkpoint.sharded import Restored
     from chatlearn.cluster.fanout import Member
     from chatlearn.numerics.change import Change
@@ -61,6 +60,8 @@ class TrainerWorker:
         self, meeting: Rendezvous, model: ModelSpec, plan: ParallelPlan, optimizer: OptimizerSpec, objective: Objective
     ) -> None:
         """Meet the other ranks, load the model's shards and build the optimizer."""
+        from chatlearn.checkpoint.background import BackgroundSaver
+        from chatlearn.trainer.parallel import saving_group
         from chatlearn.trainer.policy_trainer import PolicyTrainer
         from chatlearn.trainer.rescore import Rescorer
         from chatlearn.trainer.residency import Residency
@@ -71,6 +72,8 @@ class TrainerWorker:
         self._rescorer = Rescorer(self._model, plan)
         self._trainer = PolicyTrainer(self._model, optimizer, objective)
         self._residency = Residency(self._model, self._trainer.optimizer)
+        on_accelerator = self._model.device_kind != "cpu"
+        self._saver = BackgroundSaver(self._seat.rank, saving_group(), on_accelerator=on_accelerator)
 
     def wire_meeting(self, num_engine_ranks: int) -> WireMeeting:
         """Where engines can meet this rank for a wire with connections of its own."""
@@ -102,6 +105,12 @@ class TrainerWorker:
         alone.close()
         self._engines.admit(engine)
 
+    def reseed(self, run_seed: int, episode: int) -> None:
+        """Let this rank's generators begin an episode."""
+        from chatlearn.trainer.generators import seed_generators
+
+        seed_generators(run_seed, episode, "policy_trainer", self._seat.rank)
+
     def step(self, micro_batches: Sequence[MicroBatch], num_loss_tokens: int, iteration: int) -> StepStats:
         """Take one optimizer step with this rank's share of a batch."""
         return self._trainer.step(micro_batches, num_loss_tokens, iteration)
@@ -122,11 +131,16 @@ class TrainerWorker:
         """Score it with the model that the adapter was put on."""
         return self._model.base_logprobs(micro_batches)
 
-    def save(self, staging: Path) -> tuple[FileRecord, ...]:
-        """Write this rank's shards and say which files they are."""
-        from chatlearn.checkpoint.sharded import save_shards
+    def begin_save(self, staging: Path, in_background: bool) -> None:
+        """Begin to write this rank's shards; a report in the staging folder tells when that is done."""
+        from chatlearn.checkpoint.sharded import shard_state
 
-        return save_shards(staging, self._model.module, self._trainer.optimizer)
+        state = shard_state(self._model.module, self._trainer.optimizer)
+        self._saver.begin(staging, state, in_background=in_background)
+
+    def saving_fault(self) -> str | None:
+        """Why they could not be written, if that is so."""
+        return self._saver.fault()
 
     def load(self, checkpoint: Path) -> Restored | DamagedCheckpointError:
         """Take over the state of a published checkpoint, whatever number of ranks wrote it.
@@ -155,17 +169,6 @@ class TrainerWorker:
         else:
             walk(base, adapter)
 
-    def save_hugging_face(self, base_dir: Path, save_dir: Path) -> None:
-        """Gather the weights (every rank takes part) and write them as a Hugging Face directory on rank 0."""
-        from chatlearn.checkpoint.hugging_face import write_hugging_face
-
-        weights = self._model.export_weights()
-        if self._seat.rank == 0:
-            write_hugging_face(weights, base_dir, save_dir)
-        else:
-            for _ in weights:  # The gather is a collective: every rank walks the whole stream.
-                pass
-
     def capacity(self) -> Capacity:
         """This rank's hardware and its part of the model's work."""
         kind = self._model.device_kind
@@ -183,6 +186,7 @@ class TrainerWorker:
         """Take leave of the other ranks."""
         from chatlearn.trainer.parallel import close_process_group
 
+        self._saver.close()
         self._sender.close()
         close_process_group()
 

@@ -45,6 +45,7 @@ _RUNTIME: Final = (
         "train_micro_batch_size",
         "train_global_batch_size",
         "save_episode_interval",
+        "save_in_background",
         "capsule_interval",
         "keep_checkpoints",
         "keep_best",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
 from chatlearn.config.checks import placement_problems, torn_engines
 from chatlearn.config.cores import CoreSplit, side_by_side, taking_turns
@@ -26,6 +26,9 @@ from chatlearn.errors import ConfigError
 
 Item = TypeVar("Item")
 DeviceKind = Literal["cpu", "cuda"]
+
+# Where the trainer's checkpoints lie below the output directory.
+TRAINER_CHECKPOINTS: Final = Path("save_model", "policy_trainer")
 
 
 @dataclass(frozen=True)
@@ -284,7 +287,7 @@ def _folders(config: GrpoConfig) -> Folders:
     log_dir = Path(log.log_dir) if log.log_dir else output
     return Folders(
         output=output,
-        save_model=output / "save_model" / "policy_trainer",
+        save_model=output / TRAINER_CHECKPOINTS,
         data_checkpoint=_path_or(runtime.data_checkpoint_path, output / "data_checkpoint_path"),
         tensorboard=_path_or(log.tensorboard_dir, log_dir / "tensorboard"),
         wandb=_path_or(log.wandb_dir, log_dir / "wandb"),

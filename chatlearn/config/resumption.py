@@ -234,6 +234,7 @@ VERDICTS: Final[tuple[Verdict, ...]] = (
         "output_dir",
         "data_checkpoint_path",
         "save_episode_interval",
+        "save_in_background",
         "capsule_interval",
         "keep_checkpoints",
         "keep_best",

@@ -100,6 +100,8 @@ class RuntimeArgs(Section):
     """How an answer is compared with its siblings: `grpo`, `dr_grpo`, `rloo` or `package.module:function`."""
     save_episode_interval: Count
     """Save every so many episodes, and at the end; 0 never saves."""
+    save_in_background: bool = True
+    """Train on while a checkpoint is written; takes host memory for a copy of weights and moments."""
     capsule_interval: Count = 0
     """Write a capsule, which `chatlearn replay` runs again, every so many optimizer steps; 0 only of bad steps."""
     keep_checkpoints: Count = 2

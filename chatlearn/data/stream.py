@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -59,13 +59,9 @@ class PromptStream:
         """Where the next ``take`` begins."""
         return StreamPosition(self._epoch, self._offset, self._deferred)
 
-    def position_before(self, taken: Sequence[Prompt]) -> StreamPosition:
-        """Where ``take`` would begin if these prompts, which it gave out, came first once more."""
-        return replace(self.position, deferred=(*self._places_of(taken), *self._deferred))
-
     def give_back(self, taken: Sequence[Prompt]) -> None:
         """Let the next ``take`` begin with these prompts, which nothing came of."""
-        self._deferred = (*self._places_of(taken), *self._deferred)
+        self._deferred = (*(self._places[prompt.uid] for prompt in taken), *self._deferred)
 
     def take(self, count: int) -> list[Prompt]:
         """The next ``count`` prompts."""
@@ -86,9 +82,6 @@ class PromptStream:
                 taken.append(index)
         self._deferred = (*passed_over, *waiting)
         return [self._prompts[index] for index in taken]
-
-    def _places_of(self, prompts: Sequence[Prompt]) -> list[int]:
-        return [self._places[prompt.uid] for prompt in prompts]
 
     def _advance(self) -> int:
         if self._offset == len(self._prompts):

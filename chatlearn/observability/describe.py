@@ -27,6 +27,13 @@ ORIGINAL_TIMERS: Mapping[str, tuple[str, ...]] = {
     "evaluate": ("time/evaluate",),
 }
 
+# What the clock and the machine say of a run: whole groups of names, last letters of names, and single names.
+MEASURED_GROUPS = ("time", "checkpoint", "engine/timer_summary")
+MEASURED_UNITS = ("seconds", "_s", "_gb", "mfu")
+MEASURED_COUNTS = ("rollout/replaced_engines", "rule_reward/replaced_graders")
+# Groups in which users name things: data sources, and the parts of their rewards.
+NAMED_BY_USERS = ("rule_reward", "eval")
+
 
 class Transfer(Protocol):
     """What one weight transfer tells of itself."""
@@ -42,6 +49,19 @@ class Transfer(Protocol):
 
     @property
     def seconds(self) -> float: ...
+
+
+def is_measured(name: str) -> bool:
+    """Whether a number is the machine's (seconds, speed, memory, processes that died), and not what was computed.
+
+    Two runs that compute the same to the bit have all other numbers alike.
+
+    >>> is_measured("rollout/tokens_per_s"), is_measured("rollout/reward_mean")
+    (True, False)
+    """
+    if name in MEASURED_COUNTS or any(f"{name}/".startswith(f"{group}/") for group in MEASURED_GROUPS):
+        return True
+    return not name.startswith(NAMED_BY_USERS) and name.endswith(MEASURED_UNITS)
 
 
 def describe_rollouts(graded: Sequence[Graded]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from chatlearn.errors import RunError
-from chatlearn.records import Completion, Prompt, Rollout
+from chatlearn.records import Completion, OpenGroup, Prompt, Rollout
 from chatlearn.rollout.engine import Finished, Request
 
 
@@ -39,6 +39,21 @@ class Assembly:
         number, self._next = self._next, self._next + 1
         self._growing[number] = Growing(prompt, num_completions)
         return number, [Request(name, prompt.token_ids) for name in request_ids(number, num_completions)]
+
+    def take_up(
+        self, prompt: Prompt, num_completions: int, answers: Sequence[Completion]
+    ) -> tuple[int, list[Request], Rollout | None]:
+        """A group that has these answers already: its number, what to ask for the others, and itself where it is whole.
+
+        There may be more answers than ``num_completions``: then all of them count.
+        """
+        number, requests = self.expect(prompt, max(num_completions, len(answers)))
+        names = [request.request_id for request in requests]
+        if len(answers) == len(requests):
+            del self._growing[number]
+            return number, [], Rollout(prompt, tuple(answers))
+        self._growing[number].answers.update(zip(names, answers, strict=False))
+        return number, requests[len(answers) :], None
 
     def enter(self, finished: Finished) -> tuple[int, Rollout] | None:
         """Put an answer into its group; the group comes out when it is whole.
@@ -70,9 +85,21 @@ class Assembly:
         self._unwanted.update(names)
         return {number: group.prompt for number, group in groups.items()}, names
 
+    def open_groups(self) -> dict[int, OpenGroup]:
+        """The groups that are not whole yet, with the answers they have."""
+        return {
+            number: OpenGroup(group.prompt, tuple(answer for _, answer in sorted(group.answers.items(), key=_place)))
+            for number, group in self._growing.items()
+        }
+
     def prompts(self) -> dict[int, Prompt]:
         """The groups that are not whole yet."""
         return {number: group.prompt for number, group in self._growing.items()}
+
+
+def _place(entry: tuple[str, Completion]) -> int:
+    name, _ = entry
+    return int(name.partition(".")[2])
 
 
 def request_ids(number: int, num_completions: int) -> list[str]:

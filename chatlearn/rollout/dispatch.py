@@ -7,11 +7,11 @@ at the clock nor at which engine is free.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
-from chatlearn.rollout.engine import Request
+Item = TypeVar("Item")
 
 SamplingPurpose = Literal["rollout", "evaluation"]
 
@@ -19,7 +19,7 @@ SamplingPurpose = Literal["rollout", "evaluation"]
 PURPOSE_KEYS: dict[SamplingPurpose, int] = {"rollout": 0, "evaluation": 1}
 
 
-def plan_dispatch(groups: Sequence[Sequence[Request]], num_replicas: int) -> list[tuple[Request, ...]]:
+def plan_dispatch(groups: Sequence[Sequence[Item]], num_replicas: int) -> list[tuple[Item, ...]]:
     """The requests of each replica, in the order in which it must be given them.
 
     All requests of a group, which share a prompt, lie next to each other on one replica, where the prefix cache shares

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from chatlearn.records import Completion, Graded, Prompt, Rollout, Score
+from chatlearn.records import Completion, Graded, OpenGroup, Prompt, Rollout, Score
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,6 @@ class PartialGroup:
     waiting: list[Completion] = field(default_factory=list[Completion])
     scores: list[Score] = field(default_factory=list[Score])  # of every finished answer, the released ones first
 
-    @property
-    def was_released(self) -> bool:
-        """Whether something was learned from this prompt already."""
-        return len(self.scores) > len(self.waiting)
-
     def enter(self, graded: Graded, last_round: int) -> None:
         """What this round made of the unfinished answers."""
         left: list[Completion] = []
@@ -80,11 +75,14 @@ class PartialGroup:
 
 
 class PartialPool:
-    """All groups that are under way, the oldest first."""
+    """All groups that are under way, the oldest first; ``open_groups`` are those of an earlier life of the run."""
 
-    def __init__(self, rounds: Rounds) -> None:
+    def __init__(self, rounds: Rounds, open_groups: Sequence[OpenGroup] = ()) -> None:
         self._rounds = rounds
-        self._groups: list[PartialGroup] = []
+        self._groups = [
+            PartialGroup(group.prompt, group.begun, group.round, list(group.finished), list(group.scores))
+            for group in open_groups
+        ]
 
     def begin(self, prompt: Prompt, answers: Sequence[Completion]) -> None:
         """A new prompt, with answers that have no token yet."""
@@ -96,7 +94,7 @@ class PartialPool:
 
     def budget(self, group: PartialGroup) -> int:
         """Tokens that its answers may grow by now."""
-        return self._rounds.budgets[group.round]
+        return self._rounds.budgets[min(group.round, self._rounds.last)]  # There may have been more rounds once.
 
     def enter(self, group: PartialGroup, graded: Graded) -> None:
         """The answers of a round."""
@@ -115,6 +113,9 @@ class PartialPool:
             for number in range(len(self._rounds.budgets))
         ]
 
-    def untouched(self) -> list[Prompt]:
-        """The prompts from which nothing was learned yet: after a resume they are asked anew."""
-        return [group.prompt for group in self._groups if not group.was_released]
+    def open_groups(self) -> list[OpenGroup]:
+        """Everything that is under way, for a checkpoint."""
+        return [
+            OpenGroup(group.prompt, tuple(group.waiting), group.unfinished, tuple(group.scores), round=group.round)
+            for group in self._groups
+        ]

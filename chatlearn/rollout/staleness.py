@@ -39,6 +39,14 @@ class StalenessBound:
         self._num_begun += 1
         self._last_chance[number] = version + self._bound
 
+    def admits(self, born: int, version: int) -> bool:
+        """Whether a group that was asked while ``born`` was published may be taken up, now that ``version`` is."""
+        return born <= version <= born + self._bound and self.num_allowed(born) > 0
+
+    def born(self, number: int) -> int:
+        """The version that was published when the group was asked."""
+        return self._last_chance[number] - self._bound
+
     def choose(self, version: int, ready: Sequence[int]) -> list[int] | None:
         """The batch that turns ``version`` into the next, from the groups that are ready; ``None``: not yet."""
         waiting = sorted(set(ready) & self._last_chance.keys())  # Numbers count up: these are the oldest first.

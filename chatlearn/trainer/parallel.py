@@ -127,6 +127,14 @@ def open_process_group(rank: int, num_ranks: int, meeting: Rendezvous) -> None:
     )
 
 
+def saving_group() -> dist.ProcessGroup:
+    """A second connection of all ranks, on the host, for checkpoints: collectives in the background must not get
+    between those of training. Collective."""
+    group = dist.new_group(backend=device.backend_of("cpu"), timeout=COLLECTIVE_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member of it"
+    return group
+
+
 def close_process_group() -> None:
     """Disconnect; every rank must call it."""
     dist.destroy_process_group()

@@ -1,5 +1,7 @@
 """The long fault test: ``bash scripts/soak.sh --kills 20 --seed 1`` kills and stops processes of real runs, at random.
 
+With ``--what checkpoints`` it is the driver and the trainer that are killed; that is in ``soak_checkpoints.py``.
+
 So many deeds, each kind equally often, spread over runs that must all finish with every prompt counted exactly once.
 The table says what was done, when, and what came of it; exit status 1 where anything went wrong.
 """
@@ -16,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import soak_checkpoints
 from runs import ROOT, Launcher, finish, metrics
 from sabotage import DEEDS, Deed, Harm, harm, miscounted
 
@@ -120,25 +123,39 @@ def table(outcomes: Sequence[Outcome], kills: int, seed: int) -> str:
     return "\n".join([*lines, ""])
 
 
+def hurt_engines(data: Path, folder: Path, kills: int, seed: int, table_file: Path) -> bool:
+    """Run every campaign; whether all went well. The table is written after each run."""
+    outcomes: list[Outcome] = []
+    for campaign in CAMPAIGNS:
+        chance = random.Random(seed)
+        for deeds in runs_of(campaign, kills, seed):
+            outcomes.append(hurt(Launcher(data), folder / str(len(outcomes)), campaign, deeds, chance))
+            table_file.write_text(table(outcomes, kills, seed))
+            sys.stderr.write(f"run {len(outcomes)}: {'; '.join(outcomes[-1].problems) or 'all counted once'}\n")
+    return not any(outcome.problems for outcome in outcomes)
+
+
+SOAKS = {
+    "engines": (hurt_engines, "soak.md"),
+    "checkpoints": (soak_checkpoints.kill_savers, "soak_checkpoints.md"),
+}
+
+
 def main() -> int:
-    """Run every campaign; the table is written after each run, so that a machine that stops leaves what it had."""
+    """Run what is asked for; a machine that stops leaves the table as far as it came."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="how many processes are hurt (20)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "soak.md")
+    parser.add_argument("--what", choices=sorted(SOAKS), default="engines", help="who is hurt (engines and graders)")
+    parser.add_argument("--output", type=Path, help="the table (in benchmarks/results)")
     options = parser.parse_args()
-    outcomes: list[Outcome] = []
+    soak, name = SOAKS[options.what]
+    output = options.output or ROOT / "benchmarks" / "results" / name
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         prepare = ["prepare", "arithmetic", "--local_dir", str(data)]
         subprocess.run([sys.executable, "-m", "chatlearn", *prepare], cwd=ROOT, check=True)
-        for campaign in CAMPAIGNS:
-            chance = random.Random(options.seed)
-            for deeds in runs_of(campaign, options.kills, options.seed):
-                outcomes.append(hurt(Launcher(data), Path(folder) / str(len(outcomes)), campaign, deeds, chance))
-                options.output.write_text(table(outcomes, options.kills, options.seed))
-                sys.stderr.write(f"run {len(outcomes)}: {'; '.join(outcomes[-1].problems) or 'all counted once'}\n")
-    return int(any(outcome.problems for outcome in outcomes))
+        return int(not soak(data, Path(folder), options.kills, options.seed, output))
 
 
 if __name__ == "__main__":

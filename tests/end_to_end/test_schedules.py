@@ -1,9 +1,10 @@
-"""Every schedule as a whole run: answers are as old as they may be, and every prompt counts once, also after Ctrl-C."""
+"""Every schedule as a whole run: answers are as old as they may be, every prompt counts once, also after a resume."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ SCHEDULES: dict[str, tuple[tuple[str, ...], int]] = {
         1,
     ),
 }
+EXACT = ("policy_trainer/loss", "policy_trainer/grad_norm", "rollout/reward_mean", "rollout/staleness_max")
 ASYNC = ("runtime_args.schedule=async", "runtime_args.max_staleness=2", "models.policy.num_gpu=2")
 
 
@@ -71,8 +73,28 @@ def test_answers_are_as_old_as_the_schedule_says(launcher: Launcher, tmp_path: P
         assert metrics(tmp_path)[2]["rollout/stopped_prompts"] == NUM_PROMPTS / 2
 
 
+@pytest.mark.parametrize("name", ["one step off", "partial rollout"])
+def test_what_was_open_goes_on_as_if_nothing_had_happened(launcher: Launcher, tmp_path: Path, name: str) -> None:
+    """A checkpoint of the second episode, put where a run that ended there would have left it."""
+    overrides, _ = SCHEDULES[name]
+    wishes = (*SMALL, *overrides, "runtime_args.num_episode=4", "runtime_args.save_episode_interval=2")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    ended = launcher.run(whole, *wishes)
+    assert ended.returncode == 0, ended.stderr
+    saved = Path("save_model") / "policy_trainer" / "2"
+    assert (whole / saved / "open_groups.json").is_file()
+    shutil.copytree(whole / saved, resumed / saved)
+    ended = launcher.run(resumed, *wishes)
+    assert ended.returncode == 0, ended.stderr
+    assert "engine and trainer agree" in ended.stderr
+    for episode in (3, 4):
+        assert lines(resumed, episode) == lines(whole, episode)
+        ours, theirs = metrics(resumed)[episode], metrics(whole)[episode]
+        assert {key: ours[key] for key in EXACT} == {key: theirs[key] for key in EXACT}
+
+
 def test_a_schedule_runs_is_interrupted_and_goes_on(launcher: Launcher, tmp_path: Path) -> None:
-    """Asynchronous, with two engines; prompts in flight when it was interrupted are asked first when it goes on."""
+    """Asynchronous, with two engines; what was under way when it was interrupted is learned from when it goes on."""
     run = launcher.start(tmp_path, *SMALL, *ASYNC, "runtime_args.num_episode=60")
     wait_until(trained(tmp_path, episode=4), run, "fourth episode")
     os.kill(run.pid, signal.SIGINT)
@@ -81,7 +103,7 @@ def test_a_schedule_runs_is_interrupted_and_goes_on(launcher: Launcher, tmp_path
     last = max(metrics(tmp_path))
     assert 4 <= last < 60
     checkpoint = tmp_path / "save_model" / "policy_trainer" / str(last)
-    unfinished = len(json.loads((checkpoint / "run_state.json").read_text())["deferred"])
+    unfinished = json.loads((checkpoint / "run_state.json").read_text())["num_open_groups"]
     assert unfinished >= NUM_PROMPTS, "engines were busy with the next episodes"
 
     until = last + 2 + unfinished // NUM_PROMPTS

@@ -37,6 +37,7 @@ TRAINER = ShardedLoad(
     gradients_on_host=False,
     moments_on_host=False,
     stays_gathered=False,
+    copied_for_saving=False,
 )
 EVERYTHING_AT_HOME = replace(TRAINER, weights_on_host=True, gradients_on_host=True, moments_on_host=True)
 LOAD = HostLoad(
@@ -81,6 +82,13 @@ def test_what_is_not_trained_has_no_gradient_and_no_moments() -> None:
     assert [what for what in gigabytes(host_budget(replace(LOAD, sharded=(frozen,)))) if "ref_policy" in what] == [
         "ref_policy: weights"
     ]
+
+
+def test_what_is_saved_in_the_background_is_copied() -> None:
+    """Every rank copies what it holds: 10**9 x (4 + 2 x 4) bytes, twice where the model is there twice."""
+    copied = replace(TRAINER, copied_for_saving=True, fsdp_size=4)
+    found = gigabytes(host_budget(replace(LOAD, sharded=(copied,))))
+    assert found["policy_trainer: copy of weights and moments while they are saved"] == 24
 
 
 def test_a_small_model_is_whole_on_every_rank() -> None:

@@ -40,6 +40,7 @@ def test_a_saved_state_comes_back_equal(state: RunState) -> None:
         ('"deferred": []', '"deferred": [1, "2"]', "'deferred'"),
         ('"epoch": 7', '"epok": 7', "'epoch' is None"),
         ('"schema_version": 1', '"schema_version": 9', "schema_version is 9"),
+        ('"schedule": ""', '"schedule": 3', "'schedule' is 3"),
         ('"gone_back_to": null', '"gone_back_to": -1', "'gone_back_to' is -1"),
         ('"evaluation": {}', '"evaluation": {"eval/x/avg@1": "high"}', "'eval/x/avg@1' is 'high'"),
         ("{", "[", "cannot be read as JSON"),

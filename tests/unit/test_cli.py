@@ -310,6 +310,8 @@ def test_only_node_0_starts_the_run(
         ["prepare", "gms8k"],
         ["plan"],
         ["grpo", "-c", "/nowhere.yaml"],
+        ["resume-check", "-c", str(ROOT / "template" / "quickstart.yaml")],
+        ["resume-check", "-c", "/nowhere.yaml", "--episodes", "3", "--cut", "0"],
     ],
 )
 def test_a_wrong_command_is_status_2(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,7 @@ use_group_sequence_policy train_micro_batch_size gradient_checkpointing save_hf"
 MODELS = ("policy", "policy_trainer", "ref_policy", "reward", "partial_rollout_manager", "rollout_manager")
 SEED_ERA = ("runtime_args.log_interval", "models.policy.max_new_tokens")
 OURS = """runtime_args.device runtime_args.seed runtime_args.advantage runtime_args.save_rollouts
+runtime_args.save_in_background
 runtime_args.capsule_interval runtime_args.keep_checkpoints runtime_args.schedule runtime_args.max_staleness
 runtime_args.over_sampling_ratio runtime_args.engine_timeout_s runtime_args.engine_restart_timeout_s
 runtime_args.numerics_gate runtime_args.progress_timeout_s runtime_args.resume_anyway

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 from transformers.utils import logging
 
 from chatlearn.checkpoint.adapters import AdapterRecord
-from chatlearn.checkpoint.convert import ConversionReport, convert
+from chatlearn.checkpoint.convert import ConversionReport, convert, export
 from chatlearn.checkpoint.hugging_face import write_hugging_face
 from chatlearn.checkpoint.layout import begin, publish
-from chatlearn.checkpoint.manifest import Manifest
+from chatlearn.checkpoint.manifest import Manifest, read_manifest
 from chatlearn.checkpoint.sharded import save_shards
 from chatlearn.errors import CheckpointError, ConfigError, DataError
 from chatlearn.models.family import FAMILIES
@@ -155,6 +155,20 @@ def test_an_adapter_of_another_shape_or_base_is_not_merged(tmp_path: Path) -> No
         other.convert()
     assert not run.save_dir.exists()
     assert not other.save_dir.exists()
+
+
+@pytest.mark.parametrize("kind", ["tied", "moe", "biases"])
+def test_a_checkpoint_that_is_still_being_made_gets_its_model_directory(tmp_path: Path, kind: str) -> None:
+    """Shards in a staging folder, no manifest: what saving has in its hands before it publishes."""
+    adapted = kind in ADAPTED and kind not in CONFIGS
+    run = make_adapted_run(tmp_path, kind, LoraSpec(rank=2, alpha=6.0)) if adapted else make_run(tmp_path, kind)
+    adapter = read_manifest(run.checkpoints / "7").adapter
+    folder = begin(run.checkpoints, 8)
+    (run.checkpoints / "7" / "model").rename(folder / "model")
+    written = export(folder, run.base, folder / "huggingface", adapter, "float32")
+    assert written.directory == folder / "huggingface"
+    assert sorted(path.name for path in folder.iterdir()) == ["huggingface", "model"]
+    assert torch.allclose(logits(loaded(written.directory)), logits(run.model), atol=1e-5, rtol=0)
 
 
 def test_the_default_is_bfloat16_in_weights_and_configuration(dense: Run) -> None:

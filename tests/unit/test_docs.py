@@ -89,6 +89,9 @@ RUN_BY = {
     f"torchrun --nproc-per-node 2 -m {REPLAY} models.policy_trainer.ulysses_sequence_parallel_size=2": (
         f"{TRAINING}::test_a_run_joins_a_ray_cluster_and_leaves_it_running"
     ),
+    "chatlearn resume-check -c template/quickstart.yaml --episodes 3 --cut 1": (
+        "tests/end_to_end/test_resume_exact.py::test_the_command_proves_it_on_a_configuration_of_ones_own"
+    ),
     "ruff check .": CHECKS,
     "ruff format .": CHECKS,
     "lint-imports": CHECKS,

@@ -22,6 +22,7 @@ from chatlearn.algorithm.advantage import ADVANTAGES
 from chatlearn.algorithm.logprob import token_logprobs_and_entropy
 from chatlearn.beginning import FRESH, resume, state_found
 from chatlearn.checkpoint.hugging_face import write_hugging_face
+from chatlearn.cluster.archive import Draft
 from chatlearn.config.environment import Environment
 from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.read import read_config
@@ -56,13 +57,23 @@ class OneNumber:
     def resident(self) -> Generator[None]:
         yield
 
-    def save(self, folder: Path) -> tuple[()]:
-        (folder / "weights").write_text(str(self.weights))
-        return ()
-
     def load(self, folder: Path) -> SimpleNamespace:
         self.weights = int((folder / "weights").read_text())
         return SimpleNamespace(random_states=True, num_ranks_saved=1)
+
+
+@dataclass
+class ArchiveOfOne:
+    """Stands for the archive: writes that number, and publishes at once."""
+
+    trainer: OneNumber
+
+    def settle(self) -> None:
+        """Nothing is ever on its way."""
+
+    def begin(self, draft: Draft) -> None:
+        (draft.staging / "weights").write_text(str(self.trainer.weights))
+        draft.complete(())
 
 
 @dataclass
@@ -91,8 +102,10 @@ def team_of(config: GrpoConfig, layout: Layout, trainer: OneNumber) -> Team:
             args=config.runtime_args,
             layout=layout,
             trainer=trainer,
+            archive=ArchiveOfOne(trainer),
             saves_hugging_face=False,
             lora=None,
+            checkpoint_bytes=0,
             config_text=resolved_text(config),
             origin=origin_of(config, layout),
         ),
@@ -102,9 +115,9 @@ def team_of(config: GrpoConfig, layout: Layout, trainer: OneNumber) -> Team:
 @pytest.mark.parametrize("num_epochs", [1, 2])
 def test_a_run_goes_on_from_the_weights_of_its_last_step(tmp_path: Path, num_epochs: int) -> None:
     """The original named a checkpoint by the step and looked for it by the episode: it went on from other weights."""
-    (tmp_path / "train.json").write_text("{}\n")
+    (tmp_path / "train.json").write_text("what is in it does not matter, as long as it stays\n")
     config, layout = configured(
-        f"runtime_args.output_dir={tmp_path / 'output'}",
+        f"runtime_args.output_dir={tmp_path}",
         f"runtime_args.data_path={tmp_path / 'train.json'}",
         "runtime_args.sample_per_episode=512",
         "runtime_args.train_global_batch_size=128",

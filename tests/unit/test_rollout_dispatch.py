@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import random
 from itertools import product
+from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatlearn.errors import RunError
 from chatlearn.records import Completion, Prompt, Rollout, VersionRun
 from chatlearn.rollout.assembly import Assembly, request_ids
-from chatlearn.rollout.dispatch import engine_seed, plan_dispatch
+from chatlearn.rollout.dispatch import SamplingPurpose, engine_seed, plan_dispatch
 from chatlearn.rollout.engine import Finished
+from chatlearn.trainer.generators import GeneratorRole, generator_seeds, seed_generators
 
 laws = settings(max_examples=50, deadline=None, derandomize=True)
 
@@ -83,6 +86,34 @@ def test_doubled_and_invented_answers_are_errors_and_missing_ones_are_known() ->
         assembly.enter(make_finished("0.1"))
 
 
+@laws
+@given(answers=st.integers(1, 6), answered=st.integers(0, 6), order=st.permutations(range(6)))
+def test_a_group_is_taken_up_with_the_answers_it_has(answers: int, answered: int, order: list[int]) -> None:
+    """In another life of the run, and there only what is missing is asked."""
+    (prompt,), before, after = make_prompts(1), Assembly(), Assembly()
+    before.expect(prompt, answers)
+    answered = min(answered, answers - 1)
+    for place in [place for place in order if place < answers][:answered]:
+        before.enter(make_finished(f"0.{place}"))
+    kept = before.open_groups()[0]
+    assert [answer.text for answer in kept.finished] == sorted(answer.text for answer in kept.finished)
+    after.expect(prompt, 1)
+    number, requests, whole = after.take_up(kept.prompt, answers, kept.finished)
+    assert (number, whole, len(requests)) == (1, None, answers - answered)
+    *others, last = [make_finished(request.request_id) for request in requests]
+    assert [after.enter(one) for one in others] == [None] * len(others)
+    found = after.enter(last)
+    assert found is not None
+    assert found[1].completions[:answered] == kept.finished
+    assert len(found[1].completions) == answers
+
+    number, requests, whole = after.take_up(prompt, answers, found[1].completions)
+    assert (requests, number) == ([], 2)
+    assert whole is not None
+    assert whole.completions == found[1].completions
+    assert list(after.prompts()) == [0], "it is not waited for"
+
+
 def test_the_answers_of_a_group_that_was_given_up_are_dropped_once() -> None:
     assembly = Assembly()
     prompts = make_prompts(3)
@@ -104,3 +135,27 @@ def test_seeds_depend_on_run_episode_replica_and_purpose_and_on_nothing_else() -
     assert len(set(seeds)) == len(seeds)
     assert seeds == [engine_seed(*key) for key in keys]
     assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_no_two_processes_and_no_two_episodes_draw_the_same_numbers() -> None:
+    """Engines have one seed for what they sample; a process of ours has one for each of its generators."""
+    runs, episodes, ranks, roles = (0, 1, 1234), range(30), range(8), get_args(GeneratorRole)
+    keys = list(product(runs, episodes, roles, ranks))
+    generators = [seed for key in keys for seed in generator_seeds(*key)]
+    engines = [
+        engine_seed(run, episode, replica, purpose)
+        for run, episode, replica, purpose in product(runs, episodes, ranks, get_args(SamplingPurpose))
+    ]
+    assert len(set(generators + engines)) == len(generators) + len(engines)
+    assert generators == [seed for key in keys for seed in generator_seeds(*key)]
+
+
+def test_every_generator_of_a_process_begins_an_episode_anew() -> None:
+    def drawn(episode: int, rank: int) -> tuple[float, float, float]:
+        seed_generators(1234, episode, "policy_trainer", rank)
+        return float(torch.rand(())), float(np.random.rand()), random.random()
+
+    first = drawn(1, 0)
+    for other in (drawn(2, 0), drawn(1, 1)):
+        assert all(ours != theirs for ours, theirs in zip(first, other, strict=True))
+    assert drawn(1, 0) == first

@@ -51,6 +51,58 @@ def test_no_group_is_older_than_the_bound_when_it_is_learned_from(
     assert len(begun_with) == batch * episodes
 
 
+@laws
+@given(
+    bound=st.integers(0, 4),
+    batch=st.integers(1, 6),
+    cut=st.integers(0, 8),
+    episodes=st.integers(1, 9),
+    seed=st.integers(0, 10**6),
+)
+def test_a_resumed_run_takes_up_all_that_was_open_and_keeps_the_bound(
+    bound: int, batch: int, cut: int, episodes: int, seed: int
+) -> None:
+    """After ``cut`` batches the books are closed and opened anew with what was not learned from."""
+    chance, first = random.Random(seed), 3
+    last, cut = first + episodes, min(cut, episodes - 1)
+    books = StalenessBound(bound, batch, first, last)
+    born: dict[int, int] = {}
+    open_numbers: list[int] = []
+    learned = 0
+    for version in range(first, last):
+        if version == first + cut:
+            left = [(number, books.born(number)) for number in open_numbers]
+            books = StalenessBound(bound, batch, version, last)
+            for number, age in left:
+                assert age == born[number]
+                assert books.admits(age, version)
+                books.begin(number, age)
+        for _ in range(books.num_allowed(version)):
+            number = len(born)
+            books.begin(number, version)
+            born[number] = version
+            open_numbers.append(number)
+        ready = chance.sample(open_numbers, min(batch, len(open_numbers)))
+        while (chosen := books.choose(version, ready)) is None:
+            ready.append(chance.choice([number for number in open_numbers if number not in ready]))
+        books.learn(chosen)
+        learned += len(chosen)
+        open_numbers = [number for number in open_numbers if number not in chosen]
+        assert all(version - born[number] <= bound for number in chosen)
+    assert (learned, len(born), open_numbers) == (batch * episodes, batch * episodes, [])
+
+
+def test_what_todays_bound_does_not_allow_is_not_taken_up() -> None:
+    books = StalenessBound(1, 2, first_version=5, last_version=9)
+    assert not books.admits(3, 5), "its last chance has passed"
+    assert not books.admits(6, 5), "it is of a version that is not there yet"
+    for number in range(2):
+        assert books.admits(4, 5)
+        books.begin(number, 4)
+    assert not books.admits(4, 5), "more old ones than the next batch can hold"
+    assert books.admits(5, 5)
+
+
 def test_a_bound_of_zero_is_the_synchronous_schedule() -> None:
     books = StalenessBound(0, 2, first_version=0, last_version=3)
     assert books.num_allowed(0) == 2
