@@ -13,7 +13,7 @@ from chatlearn.checkpoint.adapters import AdapterRecord, require_same_adapter
 from chatlearn.checkpoint.durable import write_text
 from chatlearn.checkpoint.layout import ABANDONED, DAMAGED, called, checkpoint_folder, list_complete, recover, set_aside
 from chatlearn.checkpoint.run_state import CONFIG_NAME, RunState
-from chatlearn.checkpoint.selection import Choice, Saved, choose, newer_than, read_chosen
+from chatlearn.checkpoint.selection import Choice, Saved, choose, newer_than, read_chosen, strangers
 from chatlearn.config.layout import Layout
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.config.text import resolved_text
@@ -62,6 +62,7 @@ def _state_in(config: GrpoConfig, layout: Layout, choice: Choice) -> RunState:
     was trained there is not what is to be trained now.
     """
     saved = _chosen(config, layout, choice.newest)
+    _require_free_names(layout.folders.save_model, 0 if saved is None else saved.state.train_iteration)
     if saved is None:
         _require_none_lost(layout.folders.save_model, choice)
         return FRESH
@@ -110,6 +111,13 @@ def _continued(config: GrpoConfig, layout: Layout, saved: Saved) -> RunState:
     if comparison.harmful:  # What is under way was asked in another way: it is asked anew, as by another schedule.
         return replace(saved.state, schedule="")
     return saved.state
+
+
+def _require_free_names(root: Path, iteration: int) -> None:
+    """Better said now than when the first checkpoint is to be saved."""
+    found = [str(folder) for folder in strangers(root, iteration)]
+    if found:
+        raise ConfigError(f"in the way of checkpoints to come, and none themselves: {', '.join(found)}; move them away")
 
 
 def _require_none_lost(root: Path, choice: Choice) -> None:

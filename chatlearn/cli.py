@@ -163,12 +163,14 @@ def check(config: GrpoConfig, environment: Environment) -> Layout:
 
 def rehearse(config: GrpoConfig, layout: Layout) -> None:
     """What a run does before its cluster: see who is there, find where to begin, read the data. Nothing is written."""
-    from chatlearn.beginning import state_found
+    from chatlearn.beginning import announce, state_found
     from chatlearn.checkpoint.run_lock import require_free
     from chatlearn.questions import read_questions
 
     require_free(layout.folders.output)
-    state_found(config, layout)
+    state = state_found(config, layout)
+    if state.episode > 0:
+        announce(f"a run would go on from checkpoint {state.train_iteration}, after episode {state.episode}")
     read_questions(config)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from itertools import count
+from math import isfinite, nan
 from pathlib import Path
 
 from chatlearn.checkpoint.durable import (
@@ -55,6 +56,7 @@ MODEL_FOLDER = "model"
 OPTIMIZER_FOLDER = "optimizer"
 RANDOM_FOLDER = "random"
 HUGGING_FACE_FOLDER = "huggingface"
+MOST_DIGITS = 18  # of an iteration; more are garbage, and Python refuses to read very many as a number
 LATEST_NAME = "latest"
 BEST_NAME = "best"
 # A manifest gets this name when its checkpoint is being deleted: from then on the folder is not complete, and a
@@ -142,7 +144,7 @@ def numbered(root: Path) -> list[Path]:
 
 
 def _is_iteration(name: str) -> bool:
-    return name.isascii() and name.isdecimal()
+    return name.isascii() and name.isdecimal() and len(name) <= MOST_DIGITS
 
 
 def _is_complete(folder: Path) -> bool:
@@ -190,7 +192,7 @@ def _rating(folder: Path, measure: str) -> list[float]:
         evaluation = load_run_state(folder).evaluation
     except CheckpointError:  # A resume will say so; until then it is one of many.
         return []
-    return [evaluation[measure]] if measure in evaluation else []
+    return [evaluation[measure]] if isfinite(evaluation.get(measure, nan)) else []
 
 
 def _point_at(root: Path, best: Path | None) -> None:
@@ -217,7 +219,7 @@ def prune(root: Path, keep: int, measure: str | None = None) -> tuple[Path, ...]
         return ()
     pointer = pointed_at(root)
     complete = sorted(list_complete(root), key=lambda folder: (int(folder.name) <= pointer, int(folder.name)))
-    abandoned = [folder for folder in called(root, ABANDONED) if (folder / MANIFEST_NAME).is_file()]
+    abandoned = [folder for folder in called(root, ABANDONED) if _has_list(folder)]
     doomed = tuple(folder for folder in [*abandoned, *complete][:-keep] if folder != best)
     for folder in doomed:
         if folder.is_symlink():  # Somebody has put it elsewhere, where nothing is ours to delete.
@@ -227,16 +229,30 @@ def prune(root: Path, keep: int, measure: str | None = None) -> tuple[Path, ...]
     return doomed
 
 
+def _has_list(folder: Path) -> bool:
+    """Whether it is known what to delete; a folder whose manifest is damaged is left to people."""
+    try:
+        read_manifest(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _delete_listed(folder: Path) -> None:
-    """Delete what the renamed manifest of ``folder`` lists, then the manifest, then folders that are empty."""
+    """Delete what the renamed manifest of ``folder`` lists, then folders that are empty, and the manifest last."""
     for record in read_manifest(folder, DELETED_NAME).files:
         if link_on_the_way(folder, record.name) is None:
             (folder / record.name).unlink(missing_ok=True)
-    (folder / DELETED_NAME).unlink()
     below = [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
-    for path in [*sorted(below, reverse=True), folder]:
-        if not any(path.iterdir()):
-            path.rmdir()
+    for path in sorted(below, reverse=True):
+        _remove_empty(path)
+    (folder / DELETED_NAME).unlink()
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    if not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def called(root: Path, ending: str) -> tuple[Path, ...]:
@@ -249,9 +265,12 @@ def set_aside(folder: Path, ending: str) -> Path:
     """Give a checkpoint a name that no run looks for, such as ``200.damaged``; returns its new place."""
     names = (f"{folder.name}.{ending}" + (f".{number}" if number > 1 else "") for number in count(1))
     aside = next(path for name in names if not (path := folder.with_name(name)).exists())
+    best = folder.parent / BEST_NAME
     with failures_named(folder):
         folder.rename(aside)
         sync(folder.parent)
+        if best.is_file() and best.read_text(encoding="utf-8", errors="replace").strip() == folder.name:
+            best.unlink()  # until the next checkpoint is saved, and all are compared again
     return aside
 
 
@@ -272,6 +291,8 @@ def recover(root: Path) -> None:
         for folder in (*numbered(root), *called(root, ABANDONED)):
             if (folder / DELETED_NAME).is_file():
                 _finish_deletion(folder)
+            else:
+                _remove_empty(folder)  # what is left when a deletion was cut short at its very end
 
 
 def _finish_deletion(folder: Path) -> None:

@@ -118,6 +118,12 @@ def read_chosen(root: Path, iteration: int) -> Saved:
     return saved
 
 
+def strangers(root: Path, iteration: int) -> tuple[Path, ...]:
+    """Folders that are called as later checkpoints will be, and never were any: in the way of one that is saved."""
+    later = [folder for folder in numbered(root) if int(folder.name) > iteration and any(folder.iterdir())]
+    return tuple(folder for folder in later if not was_checkpoint(folder) and not (folder / DELETED_NAME).exists())
+
+
 def newer_than(root: Path, iteration: int) -> tuple[Path, ...]:
     """Every checkpoint, complete or not, of a later iteration."""
     return tuple(folder for folder in numbered(root) if int(folder.name) > iteration and was_checkpoint(folder))

@@ -119,6 +119,19 @@ def test_a_damaged_one_is_put_aside_and_said_and_a_dry_run_only_says_it(
     assert (runs.root / "7.damaged").is_dir()
 
 
+def test_a_folder_in_the_way_of_a_later_checkpoint_is_named_before_the_start(runs: Runs) -> None:
+    for name in ("3", "5"):
+        (runs.root / name).mkdir(parents=True)
+        (runs.root / name / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=rf"{runs.root / '3'}, {runs.root / '5'}; move them away"):
+        runs.rehearse()
+    runs.save(4)
+    with pytest.raises(ConfigError, match=rf"none themselves: {runs.root / '5'}; move"):
+        runs.begin()
+    (runs.root / "5").rename(runs.folder / "5")
+    assert runs.begin().episode == 4
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(runs: Runs) -> None:
     (runs.save(4) / "run_state.json").unlink()
     for attempt, name in ((runs.rehearse, "4"), (runs.begin, "4.damaged"), (runs.begin, "4.damaged")):
@@ -143,7 +156,9 @@ def test_harmful_differences_are_all_named_with_both_values_and_nothing_is_start
         assert said.count("runtime_args.resume_anyway=True") == 3
     assert not (runs.folder / "output" / "metrics.jsonl").exists()
     assert main([*command, "--dry-run", "runtime_args.resume_anyway=True"]) == 0
-    assert "going on although runtime_args.seed=7 was 1234" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "going on although runtime_args.seed=7 was 1234" in said
+    assert "a run would go on from checkpoint 4, after episode 4" in said
 
 
 def test_harmless_differences_are_listed_once(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,6 +269,20 @@ def test_what_was_given_up_is_pruned_first_and_never_taken(runs: Runs) -> None:
     assert runs.begin().episode == 5
     prune(runs.root, keep=3)
     assert runs.present() == ["2", "4", "5"]
+
+
+def test_a_damaged_one_that_was_given_up_is_left_to_people_and_the_best_is_no_longer_one_of_them(runs: Runs) -> None:
+    for iteration, score in ((2, 0.1), (4, 0.2), (6, 0.9)):
+        runs.save(iteration, state=replace(FRESH, evaluation={"eval/x/avg@1": score}))
+    prune(runs.root, 0, "eval/x/avg@1")
+    assert (runs.root / "best").read_text() == "6\n"
+    state = runs.start(BACK)
+    assert not (runs.root / "best").exists()
+    (runs.root / "6.abandoned" / "checkpoint.json").write_text("{")
+    runs.save(6, state=replace(state, evaluation={}))
+    prune(runs.root, 1, "eval/x/avg@1")
+    assert (runs.root / "best").read_text() == "4\n"
+    assert runs.present() == ["4", "6", "6.abandoned"]
 
 
 def test_an_iteration_that_is_not_there_is_refused_with_those_that_are(runs: Runs) -> None:

@@ -196,6 +196,9 @@ def test_an_interrupted_deletion_is_finished(tmp_path: Path) -> None:
     assert list_complete(tmp_path) == ()
     recover(tmp_path)
     assert not folder.exists()
+    folder.mkdir()  # the very last deed of a deletion was missing
+    assert begin(tmp_path, 1).is_dir()
+    assert not folder.exists()
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

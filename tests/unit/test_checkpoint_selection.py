@@ -119,7 +119,21 @@ def test_no_fault_of_any_file_makes_a_wrong_resume(healthy: Path, tmp_path: Path
         assert means_nothing or [path.name for path in called(root, DAMAGED)] == ["2.damaged"], file
 
 
-@pytest.mark.parametrize("content", ["", "1", "2\n", "17", "-1", "two", "\x00", None])
+@pytest.mark.parametrize("file", ["run_state.json", "config.yaml"])
+def test_the_driver_believes_no_small_file_that_is_not_what_was_saved(healthy: Path, tmp_path: Path, file: str) -> None:
+    """It decides by them before a rank has read anything: whether the run is finished, and with what it is compared."""
+    root = tmp_path / "root"
+    shutil.copytree(healthy, root)
+    path = root / "2" / file
+    path.write_text(path.read_text().replace('"offset": 20', '"offset": 21').replace("runtime_args", "runtime_argz"))
+    choice = choose(root)
+    assert choice.newest is not None
+    assert choice.newest.folder == root / "1"
+    (damage,) = choice.damaged
+    assert f"{file} has checksum" in damage.reason
+
+
+@pytest.mark.parametrize("content", ["", "1", "2\n", "17", "-1", "two", "\x00", "9" * 5000, None])
 def test_no_content_of_latest_makes_a_wrong_resume(healthy: Path, tmp_path: Path, content: str | None) -> None:
     root = tmp_path / "root"
     shutil.copytree(healthy, root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -22,7 +23,8 @@ from pathlib import Path
 from chatlearn.checkpoint.run_lock import hold_directory
 with hold_directory(Path(sys.argv[1]), print):
     quiet = subprocess.DEVNULL
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdin=quiet, stdout=quiet)
+    program = [sys.executable, "-c", "import time; time.sleep(60)"]
+    child = subprocess.Popen(program, stdin=quiet, stdout=quiet, close_fds=False)  # it gets what can be inherited
     print("held", child.pid, flush=True)
     sys.stdin.read()
     child.kill()
@@ -124,3 +126,16 @@ def test_an_error_inside_gives_the_directory_back(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), hold_directory(tmp_path, print):
         raise KeyboardInterrupt
     assert enter(tmp_path) == []
+
+
+def test_a_file_system_without_locks_is_said_and_does_not_stop_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(_descriptor: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    said: list[str] = []
+    with hold_directory(tmp_path, said.append):
+        require_free(tmp_path)
+    assert "this file system has no locks" in said[0]
