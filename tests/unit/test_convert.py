@@ -3,117 +3,40 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from conversions import (
+    ADAPTED,
+    COMPANIONS,
+    CONFIGS,
+    EMBEDDED,
+    SIZES,
+    Run,
+    loaded,
+    logits,
+    make_adapted_run,
+    make_run,
+)
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config, Qwen3MoeConfig
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM
 
-from chatlearn.checkpoint.adapters import AdapterRecord
-from chatlearn.checkpoint.convert import ConversionReport, convert, export
+from chatlearn.checkpoint.convert import convert, export
 from chatlearn.checkpoint.hugging_face import write_hugging_face
 from chatlearn.checkpoint.layout import begin, publish
 from chatlearn.checkpoint.manifest import Manifest, read_manifest
 from chatlearn.checkpoint.sharded import save_shards
 from chatlearn.errors import CheckpointError, ConfigError, DataError
-from chatlearn.models.family import FAMILIES
-from chatlearn.models.lora import LoraSpec, is_adapter
-from chatlearn.trainer.adapter import put_on
+from chatlearn.models.lora import LoraSpec
 
 # torch remarks on every save that one process without a group saves alone; here that is the point.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-
-SIZES = {
-    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.2,
-}  # fmt: skip
-MIXTURE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-CONFIGS = {
-    "tied": Qwen3Config(**SIZES, tie_word_embeddings=True),
-    "untied": Qwen3Config(**SIZES, tie_word_embeddings=False),
-    "moe": Qwen3MoeConfig(**SIZES, **MIXTURE, tie_word_embeddings=False),
-}
-ADAPTED = {"biases": Qwen2Config(**SIZES, tie_word_embeddings=False), "moe": CONFIGS["moe"]}
-TOKENS = torch.arange(12).reshape(2, 6)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run's output directory with one checkpoint, the base model it names, and the weights that were saved."""
-
-    output: Path
-    base: Path
-    model: PreTrainedModel
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.output / "save_model" / "policy_trainer"
-
-    @property
-    def save_dir(self) -> Path:
-        return self.output / "save_model" / "huggingface"
-
-    def convert(self, groupgemm: bool = False, **changes: Path) -> ConversionReport:
-        places = {"hf_dir": self.base, "ckpt_dir": self.checkpoints, "save_dir": self.save_dir, **changes}
-        return convert(**places, iteration=7, groupgemm=groupgemm, dtype="float32")
-
-
-def make_run(folder: Path, kind: str, groupgemm: bool = False) -> Run:
-    logging.disable_progress_bar()
-    torch.manual_seed(3)
-    base = folder / "pretrained" / kind
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32)
-    model.save_pretrained(base)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        (base / name).write_text(name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    run = Run(folder / "output", base, model)
-    files = save_shards(begin(run.checkpoints, 7), model, torch.optim.AdamW(model.parameters()))
-    publish(run.checkpoints, Manifest(7, 7, str(base), type(model).__name__, groupgemm, num_ranks=1, files=files))
-    return run
-
-
-def make_adapted_run(folder: Path, kind: str, recorded: LoraSpec) -> Run:
-    """A run that trained an adapter of rank 2, whatever its manifest says."""
-    logging.disable_progress_bar()
-    torch.manual_seed(4)
-    base = folder / "pretrained" / kind
-    model = AutoModelForCausalLM.from_config(ADAPTED[kind], dtype=torch.float32)
-    architecture = type(model).__name__
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(base)
-    put_on(model, FAMILIES[architecture], LoraSpec(rank=2, alpha=6.0))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_adapter(name))
-        if is_adapter(name):
-            torch.nn.init.normal_(parameter, std=0.3)
-    run = Run(folder / "output", base, model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    files = save_shards(begin(run.checkpoints, 7), model, torch.optim.AdamW(trained))
-    adapter = AdapterRecord.of(recorded, base)
-    publish(run.checkpoints, Manifest(7, 7, str(base), architecture, False, 1, files, adapter=adapter))
-    return run
 
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Run:
     return make_run(tmp_path, "tied")
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(TOKENS).logits
-
-
-def loaded(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
@@ -125,8 +48,8 @@ def test_transformers_loads_what_was_converted(tmp_path: Path, kind: str) -> Non
     stored = load_file(run.save_dir / "model.safetensors")
     assert set(stored) == set(load_file(run.base / "model.safetensors"))
     assert (report.files, report.num_tensors, report.notes) == (("model.safetensors",), len(stored), ())
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        assert (run.save_dir / name).read_text() == name
+    for name in COMPANIONS:
+        assert (run.save_dir / name).read_bytes() == (EMBEDDED / name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", list(ADAPTED))
