@@ -6,11 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chatlearn.checkpoint.adapters import AdapterRecord, base_digest
+from chatlearn.checkpoint.architecture import stored_shapes
 from chatlearn.checkpoint.documents import read_document, text
-from chatlearn.checkpoint.export import Progress, export, export_verified, no_progress
-from chatlearn.checkpoint.hugging_face import StoredDtype
+from chatlearn.checkpoint.export import Progress, export, export_verified, no_progress, stored, write_stream
+from chatlearn.checkpoint.hugging_face import StoredDtype, WrittenModel
 from chatlearn.checkpoint.layout import MODEL_FOLDER, checkpoint_folder, list_complete
-from chatlearn.checkpoint.manifest import Manifest, verify_sizes
+from chatlearn.checkpoint.manifest import MANIFEST_NAME, Manifest, verify_sizes
+from chatlearn.checkpoint.original_layout import (
+    is_original,
+    open_original,
+    original_origins,
+    require_tied_head,
+    trained_grouped,
+)
 from chatlearn.errors import CheckpointError, ConfigError
 from chatlearn.models.family import family_of
 from chatlearn.models.naming import ModelFamily
@@ -50,27 +58,71 @@ def convert(
     incomplete or damaged. ``save_dir`` keeps what it holds until the new model is complete.
     """
     folder = _checkpoint(ckpt_dir, iteration)
+    _require_apart(save_dir, ckpt_dir)
+    conversion = _convert_original if is_original(folder) and not (folder / MANIFEST_NAME).exists() else _convert_ours
+    return conversion(hf_dir, folder, save_dir, groupgemm, dtype, progress)
+
+
+def _convert_ours(
+    hf_dir: Path, folder: Path, save_dir: Path, groupgemm: bool, dtype: StoredDtype, progress: Progress
+) -> ConversionReport:
     manifest = verify_sizes(folder)
-    base_dir, notes = _base_model(hf_dir, ckpt_dir, manifest)
-    family = _family(base_dir, manifest)
-    notes += _groupgemm_notes(family, manifest, groupgemm)
+    base_dir, notes = _base_model(hf_dir, folder.parent, manifest)
+    notes += _groupgemm_notes(_family(base_dir, manifest), manifest.groupgemm, groupgemm)
     if manifest.adapter is not None:
         _require_base(base_dir, manifest, manifest.adapter)
     files = tuple(record for record in manifest.files if record.name.startswith(f"{MODEL_FOLDER}/"))
     written = export_verified(folder, files, base_dir, save_dir, manifest.adapter, dtype, progress)
+    return _report(written, base_dir, folder, notes)
+
+
+def _convert_original(
+    hf_dir: Path, folder: Path, save_dir: Path, groupgemm: bool, dtype: StoredDtype, progress: Progress
+) -> ConversionReport:
+    family = family_of(hf_dir)
+    tensors, shapes = open_original(folder), stored_shapes(hf_dir)
+    notes = (f"{folder} is in the layout of the original ChatLearn, which has no checksums to compare",)
+    notes += _groupgemm_notes(family, trained_grouped(tensors), groupgemm)
+    require_tied_head(hf_dir, tensors, shapes)
+    stream = stored(tensors, original_origins(folder, tensors, shapes), dtype)
+    written = write_stream(stream, shapes, hf_dir, save_dir, dtype, progress)
+    return _report(written, hf_dir, folder, notes)
+
+
+def _report(written: WrittenModel, base_dir: Path, folder: Path, notes: tuple[str, ...]) -> ConversionReport:
+    iteration = int(folder.name)
     return ConversionReport(
         written.directory, base_dir, iteration, written.num_tensors, written.num_bytes, written.files, notes
     )
 
 
+def _require_apart(save_dir: Path, ckpt_dir: Path) -> None:
+    """A model among the checkpoints would be taken for a part of one, or stand where the next one is to go."""
+    root = ckpt_dir.resolve()
+    if save_dir.resolve().is_relative_to(root):
+        raise ConfigError(
+            f"--save_dir {save_dir} lies in --ckpt_dir {ckpt_dir}, among the checkpoints; choose a folder outside, "
+            f"such as {root.parent / 'huggingface'}"
+        )
+
+
 def _checkpoint(ckpt_dir: Path, iteration: int) -> Path:
-    if not ckpt_dir.is_dir():
-        raise CheckpointError(f"{ckpt_dir}: no such folder; give the run's save_model/policy_trainer")
     folder = checkpoint_folder(ckpt_dir, iteration)
-    if not folder.is_dir():
-        present = ", ".join(path.name for path in list_complete(ckpt_dir)) or "none"
+    if folder.is_dir():
+        return folder
+    if not ckpt_dir.is_dir():
+        raise CheckpointError(f"--ckpt_dir {ckpt_dir}: no such folder; give the run's save_model/policy_trainer")
+    complete = [path for path in ckpt_dir.iterdir() if path in list_complete(ckpt_dir) or is_original(path)]
+    if complete:
+        present = ", ".join(sorted((path.name for path in complete), key=lambda name: (len(name), name)))
         raise CheckpointError(f"{ckpt_dir}: no checkpoint of iteration {iteration}; complete ones: {present}")
-    return folder
+    for meant in (ckpt_dir.parent, ckpt_dir / "save_model" / "policy_trainer", ckpt_dir / "policy_trainer"):
+        if list_complete(meant):
+            raise CheckpointError(f"{ckpt_dir}: no checkpoints in it; --ckpt_dir {meant} has some")
+    raise CheckpointError(
+        f"{ckpt_dir}: no checkpoint of iteration {iteration}; complete ones: none; give the run's "
+        "save_model/policy_trainer"
+    )
 
 
 def _base_model(hf_dir: Path, ckpt_dir: Path, manifest: Manifest) -> tuple[Path, tuple[str, ...]]:
@@ -99,16 +151,16 @@ def _family(base_dir: Path, manifest: Manifest) -> ModelFamily:
     return family
 
 
-def _groupgemm_notes(family: ModelFamily, manifest: Manifest, groupgemm: bool) -> tuple[str, ...]:
+def _groupgemm_notes(family: ModelFamily, trained_with: bool, groupgemm: bool) -> tuple[str, ...]:
     if family.experts is None:
         if groupgemm:
             raise ConfigError(f"--groupgemm 1 is for mixtures of experts; {family.architecture} is dense: use 0")
         return ()
-    if groupgemm == manifest.groupgemm:
+    if groupgemm == trained_with:
         return ()
     return (
-        f"--groupgemm {int(groupgemm)} although training ran with {int(manifest.groupgemm)}; "
-        "experts are stored alike either way, so the result is the same",
+        f"--groupgemm {int(groupgemm)} although training ran with {int(trained_with)}; "
+        "the checkpoint itself tells how its experts lie, so the result is the same",
     )
 
 

@@ -26,6 +26,7 @@ from chatlearn.checkpoint.convert import convert, export
 from chatlearn.checkpoint.hugging_face import write_hugging_face
 from chatlearn.checkpoint.layout import begin, publish
 from chatlearn.checkpoint.manifest import Manifest, read_manifest
+from chatlearn.checkpoint.saved_tensors import SavedTensors, open_shards
 from chatlearn.checkpoint.sharded import save_shards
 from chatlearn.errors import CheckpointError, ConfigError, DataError
 from chatlearn.models.lora import LoraSpec
@@ -64,6 +65,38 @@ def test_an_adapter_is_merged_into_its_base(tmp_path: Path, kind: str) -> None:
     assert set(stored) == set(load_file(run.base / "model.safetensors"))
     assert report.num_tensors == len(stored)
     assert steps[-1][0] == steps[-1][1] == sum(tensor.numel() for tensor in stored.values())
+
+
+def cut_in_files(base: Path) -> list[Path]:
+    """Let the weights of a base model lie in several files; returns them, without the index."""
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size="4KB")
+    (base / "model.safetensors").unlink(missing_ok=True)
+    return sorted(base.glob("model-*.safetensors"))
+
+
+@pytest.mark.parametrize("index", ["there", "missing"])
+def test_an_adapter_is_merged_into_a_base_of_several_files(tmp_path: Path, index: str) -> None:
+    run = make_adapted_run(tmp_path, "biases", LoraSpec(rank=2, alpha=6.0))
+    assert len(cut_in_files(run.base)) > 2
+    if index == "missing":
+        (run.base / "model.safetensors.index.json").unlink()
+    run.convert()
+    assert torch.allclose(logits(loaded(run.save_dir)), logits(run.model), atol=1e-5, rtol=0)
+
+
+def test_a_base_that_is_incomplete_or_names_other_folders_is_refused(tmp_path: Path) -> None:
+    run = make_adapted_run(tmp_path, "biases", LoraSpec(rank=2, alpha=6.0))
+    files, index = cut_in_files(run.base), run.base / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    foreign = {name: f"../{run.base.name}/{file}" for name, file in weight_map.items()}
+    index.write_text(json.dumps({"weight_map": foreign}))
+    with pytest.raises(DataError, match=r"\.\./biases/model-\S+', which leads out of the folder"):
+        run.convert()
+    index.unlink()
+    files[1].unlink()
+    with pytest.raises(DataError, match=rf"index\.json is missing, and so are some of the {len(files)} files"):
+        run.convert()
+    assert not run.save_dir.exists()
 
 
 def test_an_adapter_of_another_shape_or_base_is_not_merged(tmp_path: Path) -> None:
@@ -180,9 +213,46 @@ def test_an_unknown_iteration_lists_those_that_exist(dense: Run) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint of iteration 200; complete ones: 7$"):
         convert(dense.base, dense.checkpoints, dense.save_dir, iteration=200, groupgemm=False)
     with pytest.raises(CheckpointError, match=r"complete ones: none"):
-        convert(dense.base, dense.output, dense.save_dir, iteration=7, groupgemm=False)
+        convert(dense.base, dense.base, dense.save_dir, iteration=7, groupgemm=False)
     with pytest.raises(CheckpointError, match=r"give the run's save_model/policy_trainer"):
         convert(dense.base, dense.output / "nowhere", dense.save_dir, iteration=7, groupgemm=False)
+
+
+def test_a_checkpoint_folder_that_is_nearly_right_is_told(dense: Run, tmp_path: Path) -> None:
+    for given in (dense.checkpoints / "7", dense.output, dense.checkpoints.parent):
+        with pytest.raises(
+            CheckpointError, match=rf"{given}: no checkpoints in it; --ckpt_dir {dense.checkpoints} has"
+        ):
+            convert(dense.base, given, tmp_path / "out", iteration=7, groupgemm=False)
+
+
+def test_a_model_is_not_written_among_the_checkpoints(dense: Run, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(dense.checkpoints)
+    for place in (dense.checkpoints, dense.checkpoints / "8", dense.checkpoints / "7" / "hf", tmp_path / "link" / "8"):
+        with pytest.raises(ConfigError, match=r"--save_dir \S+ lies in --ckpt_dir .* such as .*save_model/huggingface"):
+            dense.convert(save_dir=place)
+    assert [path.name for path in dense.checkpoints.iterdir() if path.is_dir()] == ["7"]
+
+
+def test_shards_and_manifests_cannot_name_files_outside_their_folder(dense: Run) -> None:
+    manifest = dense.checkpoints / "7" / "checkpoint.json"
+    content = manifest.read_text()
+    manifest.write_text(content.replace("model/__0_0.distcp", "../secret"))
+    with pytest.raises(CheckpointError, match=r"'\.\./secret' leads out of the folder"):
+        dense.convert()
+    manifest.write_text(content)
+    metadata = dense.checkpoints / "7" / "model" / ".metadata"
+    metadata.write_bytes(metadata.read_bytes().replace(b"__0_0.distcp", b"../../../etc"))
+    with pytest.raises(CheckpointError, match=r"'\.\./\.\./\.\./etc' leads out of the folder"):
+        dense.convert()
+
+
+def test_a_part_that_no_shard_holds_is_not_filled_with_noise(dense: Run) -> None:
+    tensors = open_shards(dense.checkpoints / "7" / "model")
+    name, shape = "model.embed_tokens.weight", (51, 16)
+    partly = SavedTensors(dense.checkpoints, {name: shape}, {name: tensors._shards[name]})
+    with pytest.raises(CheckpointError, match=rf"a part of '{name}' is in no file"):
+        partly.read(name, torch.float32)
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "short shard", "no manifest", "no metadata"])
