@@ -90,7 +90,9 @@ def measure(folder: Path, *, tiny: bool) -> Part:
 
 def load() -> str:
     """How busy the machine was with other things, which slows what computes more than what copies."""
-    return f"The machine's load average was {os.getloadavg()[1]:.1f} on {os.cpu_count()} cores."
+    niceness = os.nice(0)
+    priority = f", this ran before other work (niceness {niceness})" if niceness < 0 else ""
+    return f"The machine's load average was {os.getloadavg()[1]:.1f} on {os.cpu_count()} cores{priority}."
 
 
 def row(number: int, one: Measured, model_bytes: int, largest: int) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from chatlearn.checkpoint.adapters import AdapterRecord
+from chatlearn.checkpoint.ahead import Stream, ahead
 from chatlearn.checkpoint.architecture import Shapes, parameter_shapes
 from chatlearn.checkpoint.base_weights import open_base
 from chatlearn.checkpoint.hugging_face import DTYPES, StoredDtype, WrittenModel, write_hugging_face
@@ -24,7 +23,6 @@ from chatlearn.models.lora import Factors, merged
 from chatlearn.models.naming import ModelFamily, StoredPiece
 
 Progress = Callable[[int, int], None]  # weights (numbers) converted so far, and in the whole model
-Stream = Generator[tuple[str, Tensor]]
 
 
 def no_progress(done: int, total: int) -> None:
@@ -84,7 +82,7 @@ def write_stream(
 ) -> WrittenModel:
     """Write a stream that is read while the tensor before is written; ``shapes`` are those of the whole model."""
     total = sum(map(prod, shapes.values()))
-    return write_hugging_face(_counted(_ahead(stream), total, progress), base_dir, save_dir, dtype)
+    return write_hugging_face(_counted(ahead(stream), total, progress), base_dir, save_dir, dtype)
 
 
 def require_shapes(folder: Path, found: Mapping[str, tuple[int, ...]], wanted: Shapes) -> None:
@@ -142,18 +140,6 @@ def _then_verified(stream: Stream, tensors: SavedTensors, folder: Path, files: t
     """The stream, which fails at its end where what was read is not what was saved."""
     yield from stream
     tensors.checksums.require(folder, files)
-
-
-def _ahead(stream: Stream) -> Stream:
-    """The stream, of which one tensor is being made in a thread while the one before is used."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        try:
-            coming = thread.submit(next, stream, None)
-            while (item := coming.result()) is not None:
-                coming = thread.submit(next, stream, None)
-                yield item
-        finally:
-            thread.submit(stream.close).result()
 
 
 def _counted(stream: Stream, total: int, progress: Progress) -> Stream:

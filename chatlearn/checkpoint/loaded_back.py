@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from logging import CRITICAL
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +34,7 @@ JSON_NAMES = (
     CONFIG_NAME, GENERATION_NAME, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "chat_template.json",
 )  # fmt: skip
+READERS = 2  # the checksum takes the time, and the machine may have no more cores
 QUESTION = ({"role": "user", "content": "1+1="},)
 
 
@@ -49,7 +52,7 @@ def require_loads(folder: Path, written: Written, base_dir: Path) -> None:
     """Raise ``CheckpointError`` that names the file, and the tensor if it is one, of the first thing that is wrong.
 
     What is not weights came from ``base_dir``, so faults in it are told of there. Nothing but ``folder`` is read.
-    Needs memory for one tensor; the file that is being read is mapped beside it.
+    Needs no memory but the pages of the file that is being read, which are mapped.
     """
     for file in written.plan:
         _require_tensors(folder / file.name, file, written)
@@ -74,19 +77,25 @@ def _require_tensors(path: Path, file: PlannedFile, written: Written) -> None:
             if strangers:
                 fault = "was written and is missing" if strangers[0] in file.spans else "was never written"
                 raise CheckpointError(f"{path}: read back, '{strangers[0]}' {fault}; try again on another disk")
-            for name in file.spans:
-                stored = reader.get_slice(name)
-                kind = f"{stored.get_dtype()} {tuple(stored.get_shape())}"
-                wanted = f"{DTYPE_NAMES[written.dtype]} {written.shapes[name]}"
-                if kind != wanted:
-                    raise CheckpointError(f"{path}: read back, '{name}' is {kind}; it was written as {wanted}")
-                content = reader.get_tensor(name).view(-1).view(torch.uint8).numpy()
-                if zlib.crc32(content) != written.checksums[name]:
-                    raise CheckpointError(
-                        f"{path}: read back, '{name}' has other bytes than were written; try again on another disk"
-                    )
+            with ThreadPoolExecutor(max_workers=READERS) as threads:
+                for fault in threads.map(partial(_fault, reader, written), file.spans):
+                    if fault:
+                        raise CheckpointError(f"{path}: read back, {fault}")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read back ({error}); try again on another disk") from error
+
+
+def _fault(reader: Any, written: Written, name: str) -> str:
+    """What is wrong with a tensor; nothing where it is as it was written."""
+    stored = reader.get_slice(name)
+    kind = f"{stored.get_dtype()} {tuple(stored.get_shape())}"
+    wanted = f"{DTYPE_NAMES[written.dtype]} {written.shapes[name]}"
+    if kind != wanted:
+        return f"'{name}' is {kind}; it was written as {wanted}"
+    content = reader.get_tensor(name).view(-1).view(torch.uint8).numpy()
+    if zlib.crc32(content) != written.checksums[name]:
+        return f"'{name}' has other bytes than were written; try again on another disk"
+    return ""
 
 
 def _require_tokenizer(folder: Path, base_dir: Path) -> None:
