@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from chatlearn.config.environment import Environment, keep_to_ourselves
@@ -91,7 +93,8 @@ def convert(
     """Turn a sharded checkpoint into a Hugging Face directory."""
     from chatlearn.checkpoint.convert import convert as convert_checkpoint
 
-    report = convert_checkpoint(hf_dir, ckpt_dir, save_dir, iteration, groupgemm == 1)
+    with conversion_bar() as progress:
+        report = convert_checkpoint(hf_dir, ckpt_dir, save_dir, iteration, groupgemm == 1, progress=progress)
     for note in report.notes:
         typer.echo(note, err=True)
     size = f"{report.num_tensors} tensors, {report.num_bytes / 1e9:.3f} GB"
@@ -133,6 +136,23 @@ def resume_check(
     for warning in command.warnings_of(config, check(config, Environment.read())):
         say(warning)
     show_run_comparison(command.resume_check(trial, say))
+
+
+@contextmanager
+def conversion_bar() -> Generator[Callable[[int, int], None]]:
+    """A bar on standard error to be told what is done and of how much; nothing where that is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("converting", total=None)
+
+        def show(done: int, total: int) -> None:
+            what = "converting" if done < total else "loading back"
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield show
 
 
 def check(config: GrpoConfig, environment: Environment) -> Layout:

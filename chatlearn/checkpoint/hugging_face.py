@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from chatlearn.checkpoint.architecture import Shapes, stored_shapes
 from chatlearn.checkpoint.documents import read_document, require_schema
-from chatlearn.checkpoint.durable import failures_named, files_below, open_staging, publish_folder, write_text
+from chatlearn.checkpoint.durable import (
+    discard_staging,
+    failures_named,
+    files_below,
+    open_staging,
+    publish_folder,
+    write_text,
+)
+from chatlearn.checkpoint.loaded_back import CONFIG_NAME, Written, require_loads
+from chatlearn.checkpoint.weight_files import PlannedFile, WeightWriter, plan_files
 from chatlearn.errors import CheckpointError, ConfigError
 
 StoredDtype = Literal["bfloat16", "float32"]
 DTYPES: dict[StoredDtype, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 MAX_FILE_BYTES = 5 * 10**9  # Hugging Face's usual size of one file
-FINITE_BLOCK = 1 << 20  # numbers looked at together: the check makes copies several times that size
 
-CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 # Says that we wrote the folder and which files, so that a later conversion may replace exactly those.
 MARKER_NAME = "chatlearn_conversion.json"
 SCHEMA_VERSION = 1
@@ -58,26 +62,32 @@ def write_hugging_face(
 ) -> WrittenModel:
     """Write a stream of (Hugging Face name, whole tensor) as a model like ``base_dir``, published in one rename.
 
-    Needs memory for one output file. Every tensor that ``base_dir``'s configuration asks for must come exactly once,
-    in its shape, with finite numbers; a head that is tied is left out. Raises ``CheckpointError`` otherwise and
+    Needs memory for one tensor. Every tensor that ``base_dir``'s configuration asks for must come exactly once, in its
+    shape, with finite numbers; a head that is tied is left out. Raises ``CheckpointError`` otherwise and
     ``ConfigError`` when ``save_dir`` holds something that is not an earlier conversion. ``require_finite=False`` is for
-    keeping what is broken, to look into it later.
+    keeping what is broken, to look into it later. What was written is loaded back before it gets its name.
     """
     save_dir = save_dir.resolve()
     _require_replaceable(save_dir)
     expected = stored_shapes(base_dir)
-    with failures_named(save_dir):
-        staging = open_staging(save_dir)
-        arriving = _checked(tensors, expected, DTYPES[dtype], require_finite=require_finite)
-        files = _write_files(arriving, staging, max_file_bytes)
-        _require_all(files, expected)
-        weights = _number_files(staging, files)
-        num_bytes = sum((staging / name).stat().st_size for name in weights)
-        _write_companions(base_dir, staging, dtype)
-        _verify_written(staging, weights, expected, DTYPES[dtype])
-        _write_marker(staging)
-        publish_folder(save_dir)
-    return WrittenModel(save_dir, len(expected), num_bytes, tuple(weights))
+    try:
+        with failures_named(save_dir):
+            staging = open_staging(save_dir)
+            plan = plan_files(expected, DTYPES[dtype], max_file_bytes)
+            arriving = _checked(tensors, expected, DTYPES[dtype], require_finite=require_finite)
+            with WeightWriter(staging, plan) as writer:
+                for name, tensor in arriving:
+                    writer.write(name, tensor)
+            _require_all(writer.checksums, expected)
+            _write_index(staging, plan)
+            _write_companions(base_dir, staging, dtype)
+            require_loads(staging, Written(plan, expected, DTYPES[dtype], writer.checksums), base_dir)
+            num_bytes = sum((staging / file.name).stat().st_size for file in plan)
+            _write_marker(staging)
+            publish_folder(save_dir)
+    finally:
+        discard_staging(save_dir)  # Published it has gone; of what failed nothing should stay on the disk.
+    return WrittenModel(save_dir, len(expected), num_bytes, tuple(file.name for file in plan))
 
 
 def _require_replaceable(save_dir: Path) -> None:
@@ -119,51 +129,30 @@ def _checked(
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"'{name}' has shape {tuple(tensor.shape)}; the base model's is {shape}")
         final = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-        if require_finite and not all(bool(block.isfinite().all()) for block in final.view(-1).split(FINITE_BLOCK)):
+        if require_finite and not _is_finite(final):
             raise CheckpointError(f"'{name}' holds numbers that are not finite; this checkpoint cannot be used")
         yield name, final
 
 
-def _write_files(tensors: Iterator[tuple[str, Tensor]], staging: Path, max_file_bytes: int) -> list[list[str]]:
-    """Fill files in order of arrival; returns the names of the tensors in each."""
-    files: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = 0
-
-    def flush() -> None:
-        save_file(pending, staging / f"{len(files)}.safetensors", metadata={"format": "pt"})
-        files.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if pending and pending_bytes + tensor.nbytes > max_file_bytes:
-            flush()
-            pending_bytes = 0
-        pending[name] = tensor
-        pending_bytes += tensor.nbytes
-    flush()
-    return files
+def _is_finite(tensor: Tensor) -> bool:
+    """Looks at the smallest and the largest number: one pass without copies, and both are NaN where one number is."""
+    return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.view(-1).aminmax())
 
 
-def _require_all(files: list[list[str]], expected: Shapes) -> None:
-    missing = sorted(set(expected).difference(*files))
+def _require_all(written: Mapping[str, int], expected: Shapes) -> None:
+    missing = sorted(expected.keys() - written.keys())
     if missing:
         raise CheckpointError(f"{len(missing)} tensors of the model did not come, the first is '{missing[0]}'")
 
 
-def _number_files(staging: Path, files: list[list[str]]) -> dict[str, list[str]]:
-    """Give the files their usual names and, where there are several, write the index that finds a tensor."""
-    if len(files) == 1:
-        (staging / "0.safetensors").rename(staging / SINGLE_NAME)
-        return {SINGLE_NAME: files[0]}
-    named = {f"model-{number:05d}-of-{len(files):05d}.safetensors": names for number, names in enumerate(files, 1)}
-    for number, name in enumerate(named):
-        (staging / f"{number}.safetensors").rename(staging / name)
-    total = sum((staging / name).stat().st_size for name in named)
-    weight_map = {tensor: name for name, names in named.items() for tensor in names}
+def _write_index(staging: Path, plan: tuple[PlannedFile, ...]) -> None:
+    """Where there are several files, the index that finds a tensor; its size is that of all numbers."""
+    if len(plan) == 1:
+        return
+    total = sum(end - begin for file in plan for begin, end in file.spans.values())
+    weight_map = {tensor: file.name for file in plan for tensor in file.spans}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(staging / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-    return named
 
 
 def _write_companions(base_dir: Path, staging: Path, dtype: StoredDtype) -> None:
@@ -183,21 +172,6 @@ def _write_companions(base_dir: Path, staging: Path, dtype: StoredDtype) -> None
 def _is_companion(name: str) -> bool:
     weights = Path(name).suffix in WEIGHT_SUFFIXES or name.endswith(".index.json")
     return not weights and not name.startswith(".") and name not in {CONFIG_NAME, MARKER_NAME}
-
-
-def _verify_written(staging: Path, files: dict[str, list[str]], expected: Shapes, dtype: torch.dtype) -> None:
-    """Read the headers back: names, shapes and dtype as they should be in every file."""
-    for file, names in files.items():
-        with safe_open(staging / file, framework="pt", device="cpu") as reader:
-            if set(reader.keys()) != set(names):
-                raise CheckpointError(f"{staging / file}: does not hold the tensors that were written to it")
-            for name in names:
-                stored = reader.get_slice(name)
-                if tuple(stored.get_shape()) != expected[name] or stored.get_dtype() != _SAFETENSORS_NAME[dtype]:
-                    raise CheckpointError(f"{staging / file}: '{name}' was not written as it should be")
-
-
-_SAFETENSORS_NAME = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def _write_marker(staging: Path) -> None:

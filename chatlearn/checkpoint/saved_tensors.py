@@ -1,91 +1,141 @@
-"""The tensors of a sharded checkpoint one by one, without a process group, however many ranks saved them."""
+"""The tensors of a checkpoint one by one, or a part of one, without a process group, however many ranks saved them.
+
+Where numbers lie is all that differs between torch's sharded checkpoints (here: ``open_shards``), the original's and
+safetensors; the reading is the same.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache, partial
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.utils import (
-    _create_file_view,  # pyright: ignore[reportPrivateUsage] - a window of a file; torch's reader uses it for the same
-)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
-from chatlearn.checkpoint.guarded_reader import GuardedReader, storage_places
+from chatlearn.checkpoint.blocks import Block, Numbers, Shard, follow_each_other, row_strides
+from chatlearn.checkpoint.guarded_reader import GuardedReader, StorageInfo, storage_places
+from chatlearn.checkpoint.read_once import ReadOnce
+from chatlearn.checkpoint.saved_file import DescribedTensor, describe
 from chatlearn.errors import CheckpointError
+from chatlearn.models.naming import StoredPiece
 
-READ_BYTES = 16 * 1024 * 1024  # a part of a shard read at once: enough for the disk, little beside a model
+READ_BYTES = 4 * 1024 * 1024  # read at once: enough for the disk, and still in the cache when it is converted
+LARGEST_NUMBER_BYTES = 16
 
 
 class SavedTensors:
-    """The folder that ``torch.distributed.checkpoint`` wrote; ``shapes`` maps each tensor's name to its full shape."""
+    """``shapes`` maps each tensor's name to its full shape; ``checksums`` knows all that was read."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, shapes: Mapping[str, tuple[int, ...]], shards: Mapping[str, tuple[Shard, ...]]):
+        self.shapes = dict(shapes)
+        self.checksums = ReadOnce()
         self._directory = directory
-        metadata = GuardedReader(directory).read_metadata()
-        places = storage_places(metadata, directory)
-        self._places = {(index.fqn, index.offset): place for index, place in places.items()}
-        self._tensors = {
-            name: entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry.size) for name, entry in self._tensors.items()}
+        self._shards = shards
+        self._buffer = memoryview(bytearray(READ_BYTES + LARGEST_NUMBER_BYTES))
 
     def read_as_saved(self, name: str) -> Tensor:
         """The whole tensor in the dtype that it was saved with: the very same bits."""
-        return self.read(name, self._tensors[name].properties.dtype)
+        first = self._shards[name][0]
+        try:
+            dtype = first.locate().dtype
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{first.path}: '{name}' cannot be read ({error}); the file is damaged") from error
+        return self.read(name, dtype)
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The whole tensor as ``dtype``; needs memory for that and ``READ_BYTES``, not for a shard."""
-        entry = self._tensors[name]
-        whole = torch.empty(entry.size, dtype=dtype)
-        for chunk in entry.chunks:
-            place = self._places.get((name, chunk.offsets))
-            if place is None:
-                raise CheckpointError(f"{self._directory}: a part of '{name}' is in no file; the shards are damaged")
-            window = [slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True)]
-            path = self._directory / place.relative_path
+    def read(self, name: str, dtype: torch.dtype, piece: StoredPiece | None = None) -> Tensor:
+        """The whole tensor, or the block of it that ``piece`` is, as ``dtype``.
+
+        Needs memory for that and ``READ_BYTES``, not for a shard. Raises ``CheckpointError`` where a file is damaged
+        or the shards leave something out.
+        """
+        wanted = Block.of(self.shapes[name], piece)
+        result = torch.empty(wanted.sizes, dtype=dtype)
+        found = 0
+        for shard in self._shards[name]:
+            common = wanted.common(shard.block)
+            if 0 in common.sizes:
+                continue
             try:
-                with path.open("rb") as file:
-                    _read_chunk(file, place.offset, place.length, whole[tuple(window)])
+                self._fill(result[common.within(wanted)], shard, common.within(shard.block))
             except (OSError, RuntimeError, ValueError) as error:
-                raise CheckpointError(f"{path}: '{name}' cannot be read ({error}); the file is damaged") from error
-        return whole
+                raise CheckpointError(
+                    f"{shard.path}: '{name}' cannot be read ({error}); the file is damaged"
+                ) from error
+            found += result[common.within(wanted)].numel()
+        if found != result.numel():
+            raise CheckpointError(f"{self._directory}: a part of '{name}' is in no file; the shards are damaged")
+        return result if piece is None or piece.expert is None else result[0]
+
+    def _fill(self, target: Tensor, shard: Shard, part: tuple[slice, ...]) -> None:
+        numbers, sizes = shard.locate(), shard.block.sizes
+        if numbers.strides == row_strides(sizes) and follow_each_other(part, sizes) and target.is_contiguous():
+            self._read(numbers, _first(numbers, part), target.view(-1))
+            return
+        # Rare: rows do not follow each other, in the file or in the target.
+        span = 1 + sum(stride * (size - 1) for stride, size in zip(numbers.strides, sizes, strict=True))
+        stored = torch.empty(span, dtype=numbers.dtype)
+        self._read(numbers, 0, stored)
+        target.copy_(stored.as_strided(sizes, numbers.strides)[part])
+
+    def _read(self, numbers: Numbers, first: int, target: Tensor) -> None:
+        """Fill the flat ``target`` from the number at index ``first``."""
+        size = numbers.dtype.itemsize
+        position = numbers.begin + first * size
+        with numbers.path.open("rb", buffering=0) as file:
+            file.seek(position)
+            for part in target.split(max(READ_BYTES // size, 1)):
+                content = self._buffer[: part.numel() * size]
+                if _read_whole(file, content) != len(content):
+                    raise ValueError("the file ends inside the tensor")
+                self.checksums.note(numbers.path, position, content)
+                part.copy_(torch.frombuffer(content, dtype=numbers.dtype))
+                position += len(content)
 
 
-def _read_chunk(file: BufferedReader, offset: int, length: int, target: Tensor) -> None:
-    """Fill ``target`` from the tensor that ``torch.save`` wrote at ``offset``."""
-    with FakeTensorMode():  # everything about the tensor but its numbers, and where in the file they begin
-        described: Tensor = torch.load(_window(file, offset, length), weights_only=True)
-    if described.shape != target.shape:
-        raise ValueError(f"shape {tuple(described.shape)} where the metadata says {tuple(target.shape)}")
-    if not described.is_contiguous():  # rare: then rows do not follow each other in the file
-        target.copy_(torch.load(_window(file, offset, length), weights_only=True))
-        return
-    begin = described.untyped_storage()._checkpoint_offset  # pyright: ignore[reportPrivateUsage] - torch documents it
-    if begin is None:
-        raise ValueError("its numbers are not stored with it")
-    size = described.element_size()
-    file.seek(offset + begin + int(described.storage_offset()) * size)
-    for rows in _parts(target.view(1) if target.dim() == 0 else target, size):
-        block = bytearray(rows.numel() * size)
-        if file.readinto(block) != len(block):
-            raise ValueError("the file ends inside the tensor")
-        rows.copy_(torch.frombuffer(block, dtype=described.dtype).view(rows.shape))
+def _first(numbers: Numbers, part: tuple[slice, ...]) -> int:
+    return sum(window.start * stride for window, stride in zip(part, numbers.strides, strict=True))
 
 
-def _window(file: BufferedReader, offset: int, length: int) -> IO[bytes]:
-    """The bytes of one saved tensor as a file of their own."""
-    return cast("IO[bytes]", _create_file_view(file, offset, length))  # torch annotates its parent class
+def _read_whole(file: IO[bytes], content: memoryview) -> int:
+    """Fill ``content``; the system may give less than it was asked for. Returns the number of bytes that came."""
+    filled = 0
+    while filled < len(content) and (count := cast("BufferedReader", file).readinto(content[filled:])):
+        filled += count
+    return filled
 
 
-def _parts(target: Tensor, element_size: int) -> tuple[Tensor, ...]:
-    """Rows of about ``READ_BYTES``; none where there is nothing to read."""
-    if target.numel() == 0:
-        return ()
-    row_bytes = target[0].numel() * element_size
-    return target.split(max(READ_BYTES // row_bytes, 1))
+def open_shards(directory: Path) -> SavedTensors:
+    """The folder that ``torch.distributed.checkpoint`` wrote."""
+    metadata = GuardedReader(directory).read_metadata()
+    places = {(index.fqn, index.offset): place for index, place in storage_places(metadata, directory).items()}
+    tensors = {
+        name: entry for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+    }
+    shapes = {name: tuple(entry.size) for name, entry in tensors.items()}
+    shards = {
+        name: tuple(_shard(directory, name, chunk, places.get((name, chunk.offsets))) for chunk in entry.chunks)
+        for name, entry in tensors.items()
+    }
+    return SavedTensors(directory, shapes, shards)
+
+
+def _shard(directory: Path, name: str, chunk: ChunkStorageMetadata, place: StorageInfo | None) -> Shard:
+    if place is None:
+        raise CheckpointError(f"{directory}: a part of '{name}' is in no file; the shards are damaged")
+    path, sizes = directory / place.relative_path, tuple(chunk.sizes)
+    return Shard(
+        path, Block(tuple(chunk.offsets), sizes), cache(partial(_located, path, place.offset, place.length, sizes))
+    )
+
+
+def _located(path: Path, offset: int, length: int, sizes: tuple[int, ...]) -> Numbers:
+    """Where the numbers are of the tensor that ``torch.save`` wrote to a window of a file."""
+    with path.open("rb") as file:
+        described = describe(file, offset, length, path)
+    if not isinstance(described, DescribedTensor) or described.sizes != sizes:
+        raise ValueError(f"what is there is not a tensor of the shape {sizes}, of which the metadata speaks")
+    return described.numbers

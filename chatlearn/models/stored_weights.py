@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+
+NUMBERED_FILE = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 
 # Frequencies of the rotary embedding: old checkpoints hold them, but they follow from the configuration.
 COMPUTED_SUFFIX = "rotary_emb.inv_freq"
@@ -86,10 +89,29 @@ def _files_by_name(model_dir: Path) -> dict[str, str]:
             return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{index}: not a readable index of weights ({error}); download it again") from error
-    if not (model_dir / SINGLE_FILE).is_file():
+    if (model_dir / SINGLE_FILE).is_file():
+        return dict.fromkeys(_names_in(model_dir / SINGLE_FILE), SINGLE_FILE)
+    return {name: path.name for path in _numbered_files(model_dir) for name in _names_in(path)}
+
+
+def _numbered_files(model_dir: Path) -> list[Path]:
+    """All files of a directory whose index is missing: their names say how many they are."""
+    found = {match: path for path in sorted(model_dir.iterdir()) if (match := NUMBERED_FILE.fullmatch(path.name))}
+    if not found:
         raise DataError(f"{model_dir}: neither {SINGLE_FILE} nor {INDEX_FILE} in it; only safetensors can be loaded")
-    with _open(model_dir / SINGLE_FILE) as reader:
-        return dict.fromkeys(reader.keys(), SINGLE_FILE)
+    totals = {int(match[2]) for match in found}
+    numbers = [int(match[1]) for match in found]
+    if len(totals) > 1 or numbers != list(range(1, max(totals) + 1)):
+        raise DataError(
+            f"{model_dir}: {INDEX_FILE} is missing, and so are some of the {max(totals)} files that it would list; "
+            "download both again"
+        )
+    return list(found.values())
+
+
+def _names_in(path: Path) -> list[str]:
+    with _open(path) as reader:
+        return list(reader.keys())
 
 
 def _open(path: Path) -> Any:

@@ -19,7 +19,7 @@ from chatlearn.checkpoint.guarded_reader import load_plain
 from chatlearn.checkpoint.layout import MODEL_FOLDER, OPTIMIZER_FOLDER, RANDOM_FOLDER, list_complete
 from chatlearn.checkpoint.manifest import read_manifest
 from chatlearn.checkpoint.run_state import RUN_STATE_NAME
-from chatlearn.checkpoint.saved_tensors import SavedTensors
+from chatlearn.checkpoint.saved_tensors import open_shards
 from chatlearn.config.layout import TRAINER_CHECKPOINTS
 from chatlearn.observability.describe import is_measured
 from chatlearn.observability.rollouts import rollouts_path
@@ -177,7 +177,7 @@ def _checkpoint_pieces(episode: int, first: Path, second: Path) -> Iterator[Piec
 
 
 def _tensor_pieces(kind: Kind, episode: int, first: Path, second: Path) -> Iterator[Piece]:
-    tensors, others = SavedTensors(first), SavedTensors(second)
+    tensors, others = open_shards(first), open_shards(second)
     for name in dict.fromkeys([*tensors.shapes, *others.shapes]):
         yield Piece(
             kind,

@@ -1,8 +1,7 @@
-"""Checkpoints of sharded models: exact on as many ranks, correct on others, convertible whoever saved them."""
+"""Checkpoints of sharded models: exact on as many ranks, correct on others."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
-from cases import Setup, Weights, exported, random_samples, scores_of, step, trainer_of, transformers_scores
+from cases import Setup, Weights, exported, random_samples, scores_of, step, trainer_of
 from gang import Gang
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from chatlearn.checkpoint.convert import convert
 from chatlearn.checkpoint.hugging_face import write_hugging_face
 from chatlearn.checkpoint.layout import begin, publish
 from chatlearn.checkpoint.manifest import FileRecord, Manifest
@@ -179,29 +177,6 @@ def test_replicas_save_what_one_of_them_holds(saved_by: SavedBy, gang_of: Callab
     replicated = Setup(saved.setup.path, lr=LR, temperature=1.0, grouped_experts=True, fsdp_size=1)
     for _, here in gang_of(2).run(load_and_train, replicated, saved.folder, 0):
         assert largest_difference(here.weights, saved.snapshot.weights) == 0
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("kind", list(ARCHITECTURES))
-def test_a_converted_model_scores_as_the_trainer_did(
-    saved_by: SavedBy, models: dict[str, Path], tmp_path: Path, kind: str, num_ranks: int
-) -> None:
-    saved = saved_by(kind, num_ranks)
-    samples = random_samples(6)
-    arguments = (models[kind], saved.folder.parent, tmp_path / "huggingface", ITERATION, kind == "moe")
-    assert convert(*arguments, dtype="float32").notes == ()
-    converted = transformers_scores(tmp_path / "huggingface", samples, temperature=1.0)
-    largest = max(float(np.abs(one - other).max()) for one, other in zip(converted, saved.snapshot.scores, strict=True))
-    assert largest < 1e-5
-    untrained = transformers_scores(models[kind], samples, temperature=1.0)
-    assert max(float(np.abs(one - other).max()) for one, other in zip(converted, untrained, strict=True)) > 1e-2
-
-    convert(*arguments)
-    assert json.loads((tmp_path / "huggingface" / "config.json").read_text())["dtype"] == "bfloat16"
-    stored = load_file(tmp_path / "huggingface" / "model.safetensors")
-    expected = saved.snapshot.weights
-    assert stored.keys() == expected.keys()
-    assert all(np.allclose(stored[name].float(), expected[name], rtol=2**-8, atol=0) for name in stored)
 
 
 @pytest.mark.parametrize("kind", ["tied", "moe"])

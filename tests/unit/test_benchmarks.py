@@ -1,4 +1,4 @@
-"""The benchmarks for GPUs, and the tests beside them, run where little more than torch is installed."""
+"""Benchmarks rehearse with tiny sizes; those for GPUs, and the tests beside them, where little more than torch is."""
 
 from __future__ import annotations
 
@@ -58,3 +58,18 @@ def test_the_benchmark_of_the_transfer_rehearses_too_and_sees_a_damaged_byte() -
     assert float(seconds) > 0
     assert float(speed) > 0
     assert re.search(r"^- tiny-moe: model\.\S+: the bytes that arrived are not", printed, flags=re.MULTILINE)
+
+
+def test_the_benchmark_of_checkpoints_rehearses(tmp_path: Path) -> None:
+    options = ["--tiny", "--folder", str(tmp_path), "--results", str(tmp_path / "checkpoint.md")]
+    command = [sys.executable, "benchmarks/checkpoint.py", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoint.md").read_text() == done.stdout
+    ((copy_s, conversion_s, peak_gb),) = re.findall(
+        r"^\| 1 \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|", done.stdout, flags=re.MULTILINE
+    )
+    assert float(copy_s) >= 0
+    assert float(conversion_s) > 0
+    assert float(peak_gb) < 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.md"]

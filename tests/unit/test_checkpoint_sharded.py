@@ -15,7 +15,7 @@ from torch import nn
 from chatlearn.checkpoint.guarded_reader import GuardedReader
 from chatlearn.checkpoint.layout import begin, publish
 from chatlearn.checkpoint.manifest import Manifest, record_file, write_manifest
-from chatlearn.checkpoint.saved_tensors import SavedTensors
+from chatlearn.checkpoint.saved_tensors import open_shards
 from chatlearn.checkpoint.sharded import Restored, load_shards, save_shards
 from chatlearn.errors import CheckpointError
 
@@ -211,7 +211,7 @@ def test_damaged_metadata_is_refused(tmp_path: Path, content: bytes, fault: str)
 
 def test_missing_metadata_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"\.metadata is missing"):
-        SavedTensors(tmp_path)
+        open_shards(tmp_path)
 
 
 @pytest.mark.parametrize("read_bytes", [1, 24, 1 << 20])
@@ -220,7 +220,7 @@ def test_saved_tensors_reads_every_tensor_whatever_its_form(
 ) -> None:
     monkeypatch.setattr("chatlearn.checkpoint.saved_tensors.READ_BYTES", read_bytes)
     trained = Trained(seed=1, steps=1)
-    tensors = SavedTensors(saved(tmp_path, trained) / "model")
+    tensors = open_shards(saved(tmp_path, trained) / "model")
     parameters = dict(trained.module.named_parameters())
     assert tensors.shapes == {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
@@ -232,7 +232,7 @@ def test_a_shard_that_ends_early_is_named(tmp_path: Path) -> None:
     folder = saved(tmp_path, Trained(seed=1, steps=1)) / "model"
     shard = folder / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:700])
-    tensors = SavedTensors(folder)
+    tensors = open_shards(folder)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: '.*' cannot be read"):
         for name in tensors.shapes:
             tensors.read(name, torch.float32)

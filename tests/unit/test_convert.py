@@ -3,117 +3,41 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from conversions import (
+    ADAPTED,
+    COMPANIONS,
+    CONFIGS,
+    EMBEDDED,
+    SIZES,
+    Run,
+    loaded,
+    logits,
+    make_adapted_run,
+    make_run,
+)
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config, Qwen3MoeConfig
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM
 
-from chatlearn.checkpoint.adapters import AdapterRecord
-from chatlearn.checkpoint.convert import ConversionReport, convert, export
+from chatlearn.checkpoint.convert import convert, export
 from chatlearn.checkpoint.hugging_face import write_hugging_face
 from chatlearn.checkpoint.layout import begin, publish
 from chatlearn.checkpoint.manifest import Manifest, read_manifest
+from chatlearn.checkpoint.saved_tensors import SavedTensors, open_shards
 from chatlearn.checkpoint.sharded import save_shards
 from chatlearn.errors import CheckpointError, ConfigError, DataError
-from chatlearn.models.family import FAMILIES
-from chatlearn.models.lora import LoraSpec, is_adapter
-from chatlearn.trainer.adapter import put_on
+from chatlearn.models.lora import LoraSpec
 
 # torch remarks on every save that one process without a group saves alone; here that is the point.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-
-SIZES = {
-    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.2,
-}  # fmt: skip
-MIXTURE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-CONFIGS = {
-    "tied": Qwen3Config(**SIZES, tie_word_embeddings=True),
-    "untied": Qwen3Config(**SIZES, tie_word_embeddings=False),
-    "moe": Qwen3MoeConfig(**SIZES, **MIXTURE, tie_word_embeddings=False),
-}
-ADAPTED = {"biases": Qwen2Config(**SIZES, tie_word_embeddings=False), "moe": CONFIGS["moe"]}
-TOKENS = torch.arange(12).reshape(2, 6)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run's output directory with one checkpoint, the base model it names, and the weights that were saved."""
-
-    output: Path
-    base: Path
-    model: PreTrainedModel
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.output / "save_model" / "policy_trainer"
-
-    @property
-    def save_dir(self) -> Path:
-        return self.output / "save_model" / "huggingface"
-
-    def convert(self, groupgemm: bool = False, **changes: Path) -> ConversionReport:
-        places = {"hf_dir": self.base, "ckpt_dir": self.checkpoints, "save_dir": self.save_dir, **changes}
-        return convert(**places, iteration=7, groupgemm=groupgemm, dtype="float32")
-
-
-def make_run(folder: Path, kind: str, groupgemm: bool = False) -> Run:
-    logging.disable_progress_bar()
-    torch.manual_seed(3)
-    base = folder / "pretrained" / kind
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32)
-    model.save_pretrained(base)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        (base / name).write_text(name)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    run = Run(folder / "output", base, model)
-    files = save_shards(begin(run.checkpoints, 7), model, torch.optim.AdamW(model.parameters()))
-    publish(run.checkpoints, Manifest(7, 7, str(base), type(model).__name__, groupgemm, num_ranks=1, files=files))
-    return run
-
-
-def make_adapted_run(folder: Path, kind: str, recorded: LoraSpec) -> Run:
-    """A run that trained an adapter of rank 2, whatever its manifest says."""
-    logging.disable_progress_bar()
-    torch.manual_seed(4)
-    base = folder / "pretrained" / kind
-    model = AutoModelForCausalLM.from_config(ADAPTED[kind], dtype=torch.float32)
-    architecture = type(model).__name__
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(base)
-    put_on(model, FAMILIES[architecture], LoraSpec(rank=2, alpha=6.0))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_adapter(name))
-        if is_adapter(name):
-            torch.nn.init.normal_(parameter, std=0.3)
-    run = Run(folder / "output", base, model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    files = save_shards(begin(run.checkpoints, 7), model, torch.optim.AdamW(trained))
-    adapter = AdapterRecord.of(recorded, base)
-    publish(run.checkpoints, Manifest(7, 7, str(base), architecture, False, 1, files, adapter=adapter))
-    return run
 
 
 @pytest.fixture
 def dense(tmp_path: Path) -> Run:
     return make_run(tmp_path, "tied")
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(TOKENS).logits
-
-
-def loaded(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))
@@ -125,8 +49,8 @@ def test_transformers_loads_what_was_converted(tmp_path: Path, kind: str) -> Non
     stored = load_file(run.save_dir / "model.safetensors")
     assert set(stored) == set(load_file(run.base / "model.safetensors"))
     assert (report.files, report.num_tensors, report.notes) == (("model.safetensors",), len(stored), ())
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        assert (run.save_dir / name).read_text() == name
+    for name in COMPANIONS:
+        assert (run.save_dir / name).read_bytes() == (EMBEDDED / name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", list(ADAPTED))
@@ -141,6 +65,38 @@ def test_an_adapter_is_merged_into_its_base(tmp_path: Path, kind: str) -> None:
     assert set(stored) == set(load_file(run.base / "model.safetensors"))
     assert report.num_tensors == len(stored)
     assert steps[-1][0] == steps[-1][1] == sum(tensor.numel() for tensor in stored.values())
+
+
+def cut_in_files(base: Path) -> list[Path]:
+    """Let the weights of a base model lie in several files; returns them, without the index."""
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size="4KB")
+    (base / "model.safetensors").unlink(missing_ok=True)
+    return sorted(base.glob("model-*.safetensors"))
+
+
+@pytest.mark.parametrize("index", ["there", "missing"])
+def test_an_adapter_is_merged_into_a_base_of_several_files(tmp_path: Path, index: str) -> None:
+    run = make_adapted_run(tmp_path, "biases", LoraSpec(rank=2, alpha=6.0))
+    assert len(cut_in_files(run.base)) > 2
+    if index == "missing":
+        (run.base / "model.safetensors.index.json").unlink()
+    run.convert()
+    assert torch.allclose(logits(loaded(run.save_dir)), logits(run.model), atol=1e-5, rtol=0)
+
+
+def test_a_base_that_is_incomplete_or_names_other_folders_is_refused(tmp_path: Path) -> None:
+    run = make_adapted_run(tmp_path, "biases", LoraSpec(rank=2, alpha=6.0))
+    files, index = cut_in_files(run.base), run.base / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    foreign = {name: f"../{run.base.name}/{file}" for name, file in weight_map.items()}
+    index.write_text(json.dumps({"weight_map": foreign}))
+    with pytest.raises(DataError, match=r"\.\./biases/model-\S+', which leads out of the folder"):
+        run.convert()
+    index.unlink()
+    files[1].unlink()
+    with pytest.raises(DataError, match=rf"index\.json is missing, and so are some of the {len(files)} files"):
+        run.convert()
+    assert not run.save_dir.exists()
 
 
 def test_an_adapter_of_another_shape_or_base_is_not_merged(tmp_path: Path) -> None:
@@ -257,9 +213,46 @@ def test_an_unknown_iteration_lists_those_that_exist(dense: Run) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint of iteration 200; complete ones: 7$"):
         convert(dense.base, dense.checkpoints, dense.save_dir, iteration=200, groupgemm=False)
     with pytest.raises(CheckpointError, match=r"complete ones: none"):
-        convert(dense.base, dense.output, dense.save_dir, iteration=7, groupgemm=False)
+        convert(dense.base, dense.base, dense.save_dir, iteration=7, groupgemm=False)
     with pytest.raises(CheckpointError, match=r"give the run's save_model/policy_trainer"):
         convert(dense.base, dense.output / "nowhere", dense.save_dir, iteration=7, groupgemm=False)
+
+
+def test_a_checkpoint_folder_that_is_nearly_right_is_told(dense: Run, tmp_path: Path) -> None:
+    for given in (dense.checkpoints / "7", dense.output, dense.checkpoints.parent):
+        with pytest.raises(
+            CheckpointError, match=rf"{given}: no checkpoints in it; --ckpt_dir {dense.checkpoints} has"
+        ):
+            convert(dense.base, given, tmp_path / "out", iteration=7, groupgemm=False)
+
+
+def test_a_model_is_not_written_among_the_checkpoints(dense: Run, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(dense.checkpoints)
+    for place in (dense.checkpoints, dense.checkpoints / "8", dense.checkpoints / "7" / "hf", tmp_path / "link" / "8"):
+        with pytest.raises(ConfigError, match=r"--save_dir \S+ lies in --ckpt_dir .* such as .*save_model/huggingface"):
+            dense.convert(save_dir=place)
+    assert [path.name for path in dense.checkpoints.iterdir() if path.is_dir()] == ["7"]
+
+
+def test_shards_and_manifests_cannot_name_files_outside_their_folder(dense: Run) -> None:
+    manifest = dense.checkpoints / "7" / "checkpoint.json"
+    content = manifest.read_text()
+    manifest.write_text(content.replace("model/__0_0.distcp", "../secret"))
+    with pytest.raises(CheckpointError, match=r"'\.\./secret' leads out of the folder"):
+        dense.convert()
+    manifest.write_text(content)
+    metadata = dense.checkpoints / "7" / "model" / ".metadata"
+    metadata.write_bytes(metadata.read_bytes().replace(b"__0_0.distcp", b"../../../etc"))
+    with pytest.raises(CheckpointError, match=r"'\.\./\.\./\.\./etc' leads out of the folder"):
+        dense.convert()
+
+
+def test_a_part_that_no_shard_holds_is_not_filled_with_noise(dense: Run) -> None:
+    tensors = open_shards(dense.checkpoints / "7" / "model")
+    name, shape = "model.embed_tokens.weight", (51, 16)
+    partly = SavedTensors(dense.checkpoints, {name: shape}, {name: tensors._shards[name]})
+    with pytest.raises(CheckpointError, match=rf"a part of '{name}' is in no file"):
+        partly.read(name, torch.float32)
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "short shard", "no manifest", "no metadata"])

@@ -19,7 +19,7 @@ from torch import nn
 from chatlearn.checkpoint.layout import begin, publish
 from chatlearn.checkpoint.manifest import Manifest
 from chatlearn.checkpoint.run_state import RunState, save_run_state
-from chatlearn.checkpoint.saved_tensors import SavedTensors
+from chatlearn.checkpoint.saved_tensors import open_shards
 from chatlearn.checkpoint.sharded import save_shards
 from chatlearn.cli import main
 from chatlearn.config.layout import TRAINER_CHECKPOINTS
@@ -111,7 +111,7 @@ def flipped(folder: str, name: str) -> Fault:
 
     def act(run: Path) -> None:
         shards = run / TRAINER_CHECKPOINTS / "2" / folder
-        values = SavedTensors(shards).read_as_saved(name)
+        values = open_shards(shards).read_as_saved(name)
         (file,) = shards.glob("*.distcp")
         content = bytearray(file.read_bytes())
         begin_of_values = content.find(values.numpy().tobytes())

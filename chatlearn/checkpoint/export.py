@@ -1,0 +1,151 @@
+"""Tensors of a checkpoint -> a Hugging Face model directory: read ahead in a thread, written as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from chatlearn.checkpoint.adapters import AdapterRecord
+from chatlearn.checkpoint.ahead import Stream, ahead
+from chatlearn.checkpoint.architecture import Shapes, parameter_shapes
+from chatlearn.checkpoint.base_weights import open_base
+from chatlearn.checkpoint.hugging_face import DTYPES, StoredDtype, WrittenModel, write_hugging_face
+from chatlearn.checkpoint.layout import MODEL_FOLDER
+from chatlearn.checkpoint.manifest import FileRecord
+from chatlearn.checkpoint.saved_tensors import SavedTensors, open_shards
+from chatlearn.errors import CheckpointError
+from chatlearn.models.family import family_of
+from chatlearn.models.lora import Factors, merged
+from chatlearn.models.naming import ModelFamily, StoredPiece
+
+Progress = Callable[[int, int], None]  # weights (numbers) converted so far, and in the whole model
+
+
+def no_progress(done: int, total: int) -> None:
+    """For callers that do not watch."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor of the model directory comes from: a saved tensor, or a piece of one."""
+
+    name: str
+    piece: StoredPiece | None = None
+
+
+def export(
+    folder: Path,
+    base_dir: Path,
+    save_dir: Path,
+    adapter: AdapterRecord | None = None,
+    dtype: StoredDtype = "bfloat16",
+    progress: Progress = no_progress,
+) -> WrittenModel:
+    """Write the shards in ``folder/model`` as the model directory ``save_dir``, with what else ``base_dir`` has in it.
+
+    Asks for no manifest and compares no checksums: the folder may be a checkpoint that is still being made, and
+    ``save_dir`` may lie in it. ``adapter`` describes what the shards hold where that is not the whole model; it must
+    have been trained on ``base_dir``. Opens no process group, but transformers and torch keep settings of the whole
+    process, so beside training it belongs in a process of its own.
+    Raises ``CheckpointError`` for shards that are damaged or of another model, and ``ConfigError`` where ``save_dir``
+    holds something that is not an earlier conversion.
+    """
+    return export_verified(folder, (), base_dir, save_dir, adapter, dtype, progress)
+
+
+def export_verified(
+    folder: Path, files: tuple[FileRecord, ...], base_dir: Path, save_dir: Path, adapter: AdapterRecord | None,
+    dtype: StoredDtype, progress: Progress,
+) -> WrittenModel:  # fmt: skip
+    """As ``export``, and nothing is published unless ``files`` have the bytes they were saved with."""
+    shapes, family = parameter_shapes(base_dir), family_of(base_dir)
+    tensors = open_shards(folder / MODEL_FOLDER)
+    if adapter is None:
+        require_shapes(folder, tensors.shapes, shapes)
+        stream = stored(tensors, own_origins(family, shapes), dtype)
+    else:
+        require_shapes(folder, tensors.shapes, _factor_shapes(folder, tensors.shapes, shapes, adapter))
+        stream = _merged(tensors, shapes, family, dtype, adapter, base_dir)
+    try:
+        return write_stream(_then_verified(stream, tensors, folder, files), shapes, base_dir, save_dir, dtype, progress)
+    except CheckpointError:
+        tensors.checksums.require(folder, files)  # A damaged shard looks like anything; this is what it should say.
+        raise
+
+
+def write_stream(
+    stream: Stream, shapes: Shapes, base_dir: Path, save_dir: Path, dtype: StoredDtype, progress: Progress
+) -> WrittenModel:
+    """Write a stream that is read while the tensor before is written; ``shapes`` are those of the whole model."""
+    total = sum(map(prod, shapes.values()))
+    return write_hugging_face(_counted(ahead(stream), total, progress), base_dir, save_dir, dtype)
+
+
+def require_shapes(folder: Path, found: Mapping[str, tuple[int, ...]], wanted: Shapes) -> None:
+    """Refuse a checkpoint that lacks a tensor of the model, or has it in another shape."""
+    for name, shape in wanted.items():
+        if name not in found:
+            raise CheckpointError(f"{folder}: has no '{name}', which the base model's configuration asks for")
+        if found[name] != shape:
+            raise CheckpointError(f"{folder}: '{name}' has shape {found[name]}; the base model's is {shape}")
+
+
+def own_origins(family: ModelFamily, shapes: Shapes) -> dict[str, Origin]:
+    """Our checkpoints hold parameters as they are in memory; ``shapes`` are theirs."""
+    return {piece.name: Origin(name, piece) for name, shape in shapes.items() for piece in family.pieces(name, shape)}
+
+
+def stored(tensors: SavedTensors, origins: Mapping[str, Origin], dtype: StoredDtype) -> Stream:
+    """Every tensor under its stored name, read when it is asked for."""
+    for name, origin in origins.items():
+        yield name, tensors.read(origin.name, DTYPES[dtype], origin.piece)
+
+
+def _factor_shapes(
+    folder: Path, found: Mapping[str, tuple[int, ...]], weights: Shapes, adapter: AdapterRecord
+) -> Shapes:
+    """What the factors of every adapted weight must be; raises when the checkpoint holds anything else."""
+    wanted: Shapes = {}
+    for name, shape in weights.items():
+        factors = Factors.of(name)
+        if factors.a in found:
+            wanted |= {factors.a: (adapter.lora.rank, shape[1]), factors.b: (shape[0], adapter.lora.rank)}
+    strangers = sorted(found.keys() - wanted.keys())
+    if strangers:
+        raise CheckpointError(f"{folder}: '{strangers[0]}' belongs to no weight of the base model")
+    return wanted
+
+
+def _merged(
+    tensors: SavedTensors, shapes: Shapes, family: ModelFamily, dtype: StoredDtype, adapter: AdapterRecord,
+    base_dir: Path,
+) -> Stream:  # fmt: skip
+    """The base's weights, one stored tensor at a time, each with its part of the adapter."""
+    base = open_base(base_dir)
+    for name, shape in shapes.items():
+        factors = Factors.of(name)
+        if factors.a in tensors.shapes:
+            a, b = tensors.read(factors.a, torch.float32), tensors.read(factors.b, torch.float32)
+            yield name, merged(base.read(name, torch.float32), a, b, adapter.lora).to(DTYPES[dtype])
+        else:
+            for piece in family.pieces(name, shape):
+                yield piece.name, base.read(piece.name, DTYPES[dtype])
+
+
+def _then_verified(stream: Stream, tensors: SavedTensors, folder: Path, files: tuple[FileRecord, ...]) -> Stream:
+    """The stream, which fails at its end where what was read is not what was saved."""
+    yield from stream
+    tensors.checksums.require(folder, files)
+
+
+def _counted(stream: Stream, total: int, progress: Progress) -> Stream:
+    """The stream, telling how many numbers went by whenever the next one is asked for."""
+    done = 0
+    for name, tensor in stream:
+        yield name, tensor
+        done += tensor.numel()
+        progress(done, total)
