@@ -18,6 +18,8 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
+MARK = "CHATLEARN_RUN"
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -152,6 +154,15 @@ def prepare_local_ray() -> None:
     """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     keep_to_ourselves()
+
+
+def mark_descendants() -> str:
+    """Give every process that is started from now on, directly or by others, a variable by which it is known as ours.
+
+    Returns the variable and its value as the kernel lists them.
+    """
+    os.environ[MARK] = secrets.token_hex(16)
+    return f"{MARK}={os.environ[MARK]}"
 
 
 def keep_to_ourselves() -> None:

@@ -42,6 +42,7 @@ LONGEST_LIFE: dict[Deed, int] = {
 }
 GONE_WITHIN_S = 10.0
 LOOK_S = 0.005  # Saves are short.
+LONGEST_NAME = 120  # characters of a command line
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def kill(output: Path, run: subprocess.Popen[str], deed: Deed, chance: random.Ra
     everybody, published = descendants(run), list_complete(root)
     os.kill(victim, signal.SIGKILL)
     ended = finish(run)
-    problems = [f"{line} lives on" for line in survivors(everybody, GONE_WITHIN_S)]
+    problems = [f"{line[:LONGEST_NAME]} lives on" for line in survivors(everybody, GONE_WITHIN_S)]
     if rank < 0 and ended.returncode != -signal.SIGKILL:
         problems.append(f"the driver ended with status {ended.returncode}")
     if rank >= 0 and (ended.returncode != 1 or f"policy_trainer rank {rank}" not in ended.stderr):
