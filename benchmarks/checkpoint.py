@@ -15,11 +15,11 @@ if __name__ == "__main__":
 import argparse
 import tempfile
 
-from benchmarks.checkpoints import conversion
+from benchmarks.checkpoints import conversion, standstill
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.md"
 # A part is given an empty folder, and whether to rehearse with a tiny model, when it keeps no bounds.
-PARTS = {"conversion": conversion.measure}
+PARTS = {"standstill": standstill.measure, "conversion": conversion.measure}
 
 
 def main() -> int:

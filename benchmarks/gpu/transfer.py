@@ -250,7 +250,7 @@ def row(shape: str, bucket_bytes: int, measured: Measured) -> str:
     checksum_s = measured.trainer_checksum_s + measured.engine_checksum_s
     return (
         f"| {shape} | {measured.num_tensors:,} | {gigabytes:.3f} | {bucket_bytes // MIB} | {measured.seconds:.4f} "
-        f"| {gigabytes / measured.seconds:,.1f} | {gigabytes / measured.copy_s:,.1f} "
+        f"| {gigabytes / measured.seconds:.3g} | {gigabytes / measured.copy_s:.3g} "
         f"| {1e3 * measured.trainer_checksum_s:.2f} + {1e3 * measured.engine_checksum_s:.2f} "
         f"| {100 * checksum_s / measured.seconds:.1f} % |"
     )

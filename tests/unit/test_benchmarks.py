@@ -66,8 +66,12 @@ def test_the_benchmark_of_checkpoints_rehearses(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "checkpoint.md").read_text() == done.stdout
+    standstill, conversion = done.stdout.split("## Conversion")
+    saves = re.findall(r"^\| \d \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", standstill, flags=re.MULTILINE)
+    assert len(saves) == 2
+    assert all(0 < float(standing_s) <= float(written_s) + 0.01 for _, standing_s, written_s in saves)
     ((copy_s, conversion_s, peak_gb),) = re.findall(
-        r"^\| 1 \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|", done.stdout, flags=re.MULTILINE
+        r"^\| 1 \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|", conversion, flags=re.MULTILINE
     )
     assert float(copy_s) >= 0
     assert float(conversion_s) > 0

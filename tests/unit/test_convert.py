@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from chatlearn.checkpoint.convert import convert, export
+from chatlearn.checkpoint.documents import CHECKSUM, checksum_of
 from chatlearn.checkpoint.hugging_face import write_hugging_face
 from chatlearn.checkpoint.layout import begin, publish
 from chatlearn.checkpoint.manifest import Manifest, read_manifest
@@ -237,7 +238,8 @@ def test_a_model_is_not_written_among_the_checkpoints(dense: Run, tmp_path: Path
 def test_shards_and_manifests_cannot_name_files_outside_their_folder(dense: Run) -> None:
     manifest = dense.checkpoints / "7" / "checkpoint.json"
     content = manifest.read_text()
-    manifest.write_text(content.replace("model/__0_0.distcp", "../secret"))
+    hostile = json.loads(content.replace("model/__0_0.distcp", "../secret"))
+    manifest.write_text(json.dumps(hostile | {CHECKSUM: checksum_of(hostile)}))
     with pytest.raises(CheckpointError, match=r"'\.\./secret' leads out of the folder"):
         dense.convert()
     manifest.write_text(content)
