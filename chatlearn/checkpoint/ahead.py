@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from threading import Condition
 
 from torch import Tensor
@@ -20,14 +21,13 @@ def ahead(stream: Stream, max_bytes: int = AHEAD_BYTES) -> Stream:
     Of what is finished at most ``max_bytes`` wait, or one tensor; one more is being made and one is used.
     """
     waiting = _Waiting(max_bytes)
-    with ThreadPoolExecutor(max_workers=1) as thread:
+    with closing(stream), ThreadPoolExecutor(max_workers=1) as thread:
         made = thread.submit(_make, stream, waiting)
         try:
             yield from waiting.items()
             made.result()
         finally:
             waiting.close()
-            thread.submit(stream.close).result()
 
 
 def _make(stream: Stream, waiting: _Waiting) -> None:

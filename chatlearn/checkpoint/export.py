@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -82,7 +83,8 @@ def write_stream(
 ) -> WrittenModel:
     """Write a stream that is read while the tensor before is written; ``shapes`` are those of the whole model."""
     total = sum(map(prod, shapes.values()))
-    return write_hugging_face(_counted(ahead(stream), total, progress), base_dir, save_dir, dtype)
+    with closing(ahead(stream)) as coming:  # ends the thread, also when writing fails
+        return write_hugging_face(_counted(coming, total, progress), base_dir, save_dir, dtype)
 
 
 def require_shapes(folder: Path, found: Mapping[str, tuple[int, ...]], wanted: Shapes) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from chatlearn.checkpoint.durable import CHECKSUM_BLOCK_BYTES
@@ -94,7 +95,9 @@ def _times(left: int, right: int) -> int:
     return product
 
 
+@cache
 def _x_to_the(exponent: int) -> int:
+    """Remembered, because most pieces have the same few lengths."""
     power, square = ONE, X
     while exponent:
         if exponent & 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -284,9 +285,11 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         run.model.lm_head.weight[3, 3] = torch.inf
     files = save_shards(begin(run.checkpoints, 7), run.model, torch.optim.AdamW(run.model.parameters()))
     publish(run.checkpoints, Manifest(7, 7, "", "Qwen3ForCausalLM", groupgemm=False, num_ranks=1, files=files))
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight.*not finite"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight.*not finite") as found:
         run.convert()
     assert not run.save_dir.exists()
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith("ThreadPool")], f"still reading after {found.value}"
 
 
 def test_groupgemm_is_refused_for_a_dense_model_and_noted_for_a_mixture(dense: Run, tmp_path: Path) -> None:
