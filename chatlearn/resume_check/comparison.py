@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
 from chatlearn.checkpoint.documents import read_document
+from chatlearn.checkpoint.durable import checksum
 from chatlearn.checkpoint.guarded_reader import load_plain
 from chatlearn.checkpoint.layout import MODEL_FOLDER, OPTIMIZER_FOLDER, RANDOM_FOLDER, list_complete
 from chatlearn.checkpoint.manifest import read_manifest
+from chatlearn.checkpoint.open_groups import GROUPS_NAME, STREAMS_NAME
 from chatlearn.checkpoint.run_state import RUN_STATE_NAME
 from chatlearn.checkpoint.saved_tensors import open_shards
 from chatlearn.config.layout import TRAINER_CHECKPOINTS
@@ -168,6 +170,10 @@ def _checkpoint_pieces(episode: int, first: Path, second: Path) -> Iterator[Piec
     for name in dict.fromkeys([*state, *other_state]):
         if name not in NOT_STATE:
             yield Piece("run_state", episode, name, state.get(name), other_state.get(name))
+    for name in (GROUPS_NAME, STREAMS_NAME):  # What the schedule is in the middle of.
+        paths = [folder / name for folder in (first, second)]
+        if any(path.exists() for path in paths):
+            yield Piece("run_state", episode, name, *(checksum(p) if p.exists() else None for p in paths))
     yield from _tensor_pieces("weights", episode, first / MODEL_FOLDER, second / MODEL_FOLDER)
     yield from _tensor_pieces("optimizer", episode, first / OPTIMIZER_FOLDER, second / OPTIMIZER_FOLDER)
     files = sorted({path.name for folder in (first, second) for path in (folder / RANDOM_FOLDER).iterdir()})

@@ -86,7 +86,7 @@ def test_runs_that_differ_in_what_the_machine_says_alone_are_equal(uninterrupted
             "rollouts": 4,
             "metrics": 8,
             "checkpoints": 2,
-            "run_state": 14,
+            "run_state": 22,
             "weights": 4,
             "optimizer": 12,
             "random_states": 2,
