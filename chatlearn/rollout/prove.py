@@ -13,12 +13,15 @@ implementation to compare with:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from chatlearn.errors import WeightTransferError
+from chatlearn.models.family import family_of
 from chatlearn.models.naming import EMBEDDING
 from chatlearn.models.naming import TIED_HEAD as HEAD
 from chatlearn.rollout.engine import FIRST_VERSION, Request, RolloutEngine, SamplingPlan
@@ -57,8 +60,9 @@ PROBE_TOKENS = 24
 MAX_TIES = 2
 PROBE_PLAN = SamplingPlan(temperature=0.0, max_tokens=4)
 
-# The likeliest tokens after each probe, with their logprobs, by request.
-Testimony = dict[str, list[tuple[int, float]]]
+# The likeliest tokens after a probe, with their logprobs; of all probes, by request.
+Steps = list[tuple[int, float]]
+Testimony = dict[str, Steps]
 
 
 class ChangedWeights:
@@ -108,14 +112,24 @@ def prove_weight_transfer(engine: RolloutEngine, model_path: str, tolerance: flo
         SharedMemorySender(weights, client, rank=0).send(FIRST_VERSION)
         return question(engine, vocabulary, shift)
 
+    # Memory that lies elsewhere may be added up in another order: a router whose choices are nearly equal turns then.
+    num_excused = MAX_TIES if family_of(Path(model_path)).experts is not None else 0
+
+    def expect_equal(what: str, after: Testimony) -> None:
+        changed = difference(before, after, num_excused)
+        if not changed <= tolerance:
+            raise WeightTransferError(
+                f"the engine does not compute with the weights it is sent: {what} changed its logprobs by "
+                f"{changed:.1e} (tolerance {tolerance:.0e}); this engine cannot be trained with"
+            )
+
     before = question(engine, vocabulary, shift=0)
-    expect_equal("the weights it already has", before, testimony_with(source), tolerance)
-    equivalent = testimony_with(ChangedWeights(source, factors, shift=1), shift=1)
-    expect_equal("equivalent weights", before, equivalent, tolerance)
-    changed = difference(before, testimony_with(ChangedWeights(source, HALVED_NORM, shift=0)))
+    expect_equal("the weights it already has", testimony_with(source))
+    expect_equal("equivalent weights", testimony_with(ChangedWeights(source, factors, shift=1), shift=1))
+    changed = difference(before, testimony_with(ChangedWeights(source, HALVED_NORM, shift=0)), num_excused)
     if changed <= tolerance:
         raise WeightTransferError(f"{FINAL_NORM}: halving it changed the engine's logprobs by {changed:.1e} only")
-    expect_equal("its first weights again", before, testimony_with(source), tolerance)
+    expect_equal("its first weights again", testimony_with(source))
 
 
 def question(engine: RolloutEngine, vocabulary: int, shift: int) -> Testimony:
@@ -135,29 +149,29 @@ def question(engine: RolloutEngine, vocabulary: int, shift: int) -> Testimony:
     }
 
 
-def expect_equal(what: str, before: Testimony, after: Testimony, tolerance: float) -> None:
-    """Raise where the logprobs are not those from before."""
-    changed = difference(before, after)
-    if not changed <= tolerance:
-        raise WeightTransferError(
-            f"the engine does not compute with the weights it is sent: {what} changed its logprobs by {changed:.1e} "
-            f"(tolerance {tolerance:.0e}); this engine cannot be trained with"
-        )
+def difference(before: Testimony, after: Testimony, num_excused: int = 0) -> float:
+    """The largest difference of a logprob, up to and including the first token at which a probe's answers part.
 
-
-def difference(before: Testimony, after: Testimony) -> float:
-    """The largest difference of a logprob up to and including the first token at which a probe's answers part.
-
-    Infinite where too many probes part: tokens that are equally likely may change places, and hardly ever do.
+    As many probes as are excused may differ as they like. Infinite where too many probes part: tokens that are equally
+    likely may change places, and hardly ever do; and where a probe is answered with something that is no number.
     """
-    largest, num_parted = 0.0, 0
-    for request_id, steps in before.items():
-        # An end-of-sequence token may come earlier where the vocabulary is renumbered.
-        for (token_id, logprob), (other_id, other) in zip(steps, after[request_id], strict=False):
-            # NaN must count as a difference, and every comparison with it is false.
-            gap = abs(logprob - other)
-            largest = gap if not gap <= largest else largest
-            if token_id != other_id:
-                num_parted += 1
-                break
-    return largest if num_parted <= MAX_TIES else np.inf
+    gaps = sorted(_gap(steps, after[request_id]) for request_id, steps in before.items())
+    num_parted = sum(_parts(steps, after[request_id]) for request_id, steps in before.items())
+    if num_parted > MAX_TIES or gaps[-1] == math.inf:
+        return math.inf
+    return gaps[len(gaps) - 1 - num_excused]
+
+
+def _gap(steps: Steps, others: Steps) -> float:
+    largest = 0.0
+    # An end-of-sequence token may come earlier where the vocabulary is renumbered.
+    for (token_id, logprob), (other_id, other) in zip(steps, others, strict=False):
+        gap = abs(logprob - other)
+        largest = max(largest, gap if math.isfinite(gap) else math.inf)
+        if token_id != other_id:
+            break
+    return largest
+
+
+def _parts(steps: Steps, others: Steps) -> bool:
+    return any(one != other for (one, _), (other, _) in zip(steps, others, strict=False))
