@@ -45,7 +45,8 @@ class Asynchronous:
             self._bound.learn(chosen)
             samples = judge(team, page, graded, episode)
 
-        examine(team, page, state, graded, samples)
+        if episode == team.first_episode:
+            examine(team, page, state, graded, samples)
         num_steps = study(team, page, state, samples)
 
         with page.phase("publish"):

@@ -52,11 +52,10 @@ def tell_of(team: Team, page: Page, graded: Sequence[Graded], samples: Sequence[
 
 
 def examine(team: Team, page: Page, state: RunState, graded: Sequence[Graded], samples: Sequence[Sample]) -> None:
-    """In the first episode of a run, and after every resume: compare engine and trainer before anything is learned."""
-    if state.episode + 1 == team.first_episode and samples:
-        with page.phase("numerics"):
-            rollouts = [group.rollout for group in graded]
-            check_numerics(team, page, state, rollouts, samples, lambda some: ask_again(team, page, some, state))
+    """Compare engine and trainer, before anything is learned; a run does so once, and once more after each resume."""
+    with page.phase("numerics"):
+        rollouts = [group.rollout for group in graded]
+        check_numerics(team, page, state, rollouts, samples, lambda some: ask_again(team, page, some, state))
 
 
 def study(team: Team, page: Page, state: RunState, samples: list[Sample]) -> int:

@@ -125,7 +125,8 @@ class Synchronous:
             graded = team.pipeline.take(asked)
             samples = judge(team, page, graded, episode)
 
-        examine(team, page, state, graded, samples)
+        if episode == team.first_episode:
+            examine(team, page, state, graded, samples)
         num_steps = study(team, page, state, samples)
 
         with page.phase("publish"):

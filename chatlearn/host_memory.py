@@ -76,7 +76,11 @@ def host_load(config: GrpoConfig, layout: Layout) -> HostLoad:
         engine=EngineLoad(count, engines, engine_bytes, on_cpu, cache_bytes),
         episode=_episode_load(config, layout),
         transfer_bytes=min(count * engine_bytes, 2 * BUCKET_BYTES) if engine.wire == "shared_memory" else 0,
-        num_processes=1 + widths + sum(load.num_ranks for load in sharded) + layout.num_graders // layout.num_nodes,
+        num_processes=1
+        + _exports(config)
+        + widths
+        + sum(load.num_ranks for load in sharded)
+        + layout.num_graders // layout.num_nodes,
     )
 
 
@@ -101,6 +105,11 @@ def _sharded_load(config: GrpoConfig, layout: Layout, role: str, plan: ShardedPl
         stays_gathered=on_cpu and count * weight_bytes < ModelSpec.whole_below_bytes,
         copied_for_saving=trains_all and _saves_in_background(config),
     )
+
+
+def _exports(config: GrpoConfig) -> bool:
+    """Whether a process of its own makes Hugging Face directories."""
+    return config.models.policy_trainer.save_hf and config.runtime_args.save_episode_interval > 0
 
 
 def _saves_in_background(config: GrpoConfig) -> bool:

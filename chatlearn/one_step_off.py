@@ -42,7 +42,8 @@ class OneStepOff:
         with page.phase("reward"):
             graded = team.pipeline.take(asked)
             samples = judge(team, page, graded, episode)
-        examine(team, page, state, graded, samples)
+        if episode == team.first_episode:
+            examine(team, page, state, graded, samples)
         self._asked = self._ask(episode + 1) if episode < team.args.num_episode else ()
 
         num_steps = study(team, page, state, samples)

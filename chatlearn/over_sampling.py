@@ -44,7 +44,8 @@ class OverSampling:
             graded = team.pipeline.take(first)
             samples = judge(team, page, graded, episode)
 
-        examine(team, page, state, graded, samples)
+        if episode == team.first_episode:
+            examine(team, page, state, graded, samples)
         num_steps = study(team, page, state, samples)
 
         with page.phase("publish"):

@@ -34,6 +34,7 @@ class PartialRollout:
         assert team.rounds is not None, "the layout of partial rollout has rounds"
         self.team = team
         self._pool = PartialPool(team.rounds, open_groups)
+        self._is_examined = False
 
     def live(self, page: Page, state: RunState, episode: int) -> RunState:
         """One episode; where nothing was released there is nothing to learn, and the weights stay as they are."""
@@ -49,7 +50,9 @@ class PartialRollout:
             tell_of(team, page, graded, samples, episode)
             page.add({"partial_rollout_manager/num_train_samples": float(len(samples))})
 
-        examine(team, page, state, graded, samples)
+        if samples and not self._is_examined:  # The first episodes may have nothing to learn from.
+            examine(team, page, state, graded, samples)
+            self._is_examined = True
         num_steps = study(team, page, state, samples) if samples else 0
 
         with page.phase("publish"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from chatlearn.checkpoint import capsule
 from chatlearn.checkpoint.adapters import AdapterRecord
+from chatlearn.checkpoint.durable import failures_named
 from chatlearn.checkpoint.layout import (
     begin,
     checkpoint_folder,
@@ -54,11 +55,11 @@ def save(team: Team, state: RunState, journal: Journal) -> None:
         except CheckpointError as error:
             team.archive.mourn(state.train_iteration, error)
         else:
-            team.archive.begin(_draft(team, state, staging))
+            team.archive.begin(_draft(team, state, journal, staging))
     journal.write(state.episode, {"time/save": time.perf_counter() - begun})
 
 
-def _draft(team: Team, state: RunState, staging: Path) -> Draft:
+def _draft(team: Team, state: RunState, journal: Journal, staging: Path) -> Draft:
     """What becomes of the staged checkpoint: it is published, and then the oldest one goes."""
     root, base = team.layout.folders.save_model, Path(team.layout.trainer.load)
     adapter = AdapterRecord.of(team.lora, base)
@@ -75,8 +76,12 @@ def _draft(team: Team, state: RunState, staging: Path) -> Draft:
 
     def complete(files: Sequence[FileRecord]) -> None:
         publish(root, replace(manifest, files=tuple(files)))
-        save_counters(team.layout.folders.data_checkpoint, state)
-        prune(root, team.args.keep_checkpoints, team.args.keep_best)
+        try:
+            save_counters(team.layout.folders.data_checkpoint, state)
+            with failures_named(root):
+                prune(root, team.args.keep_checkpoints, team.args.keep_best)
+        except CheckpointError as error:  # What was to be saved is saved.
+            journal.say(f"checkpoint {state.train_iteration} is complete; but {error}")
 
     export = Export(base, adapter) if team.saves_hugging_face else None
     return Draft(state.train_iteration, staging, export, complete)

@@ -24,16 +24,8 @@ Say = Callable[[str], None]
 
 EXPECTED: Final = "a difference is expected and no fault of the resume: no prompt is lost or learned from twice"
 CLOCK: Final = f"the clock decides what is learned from, in every run anew; {EXPECTED}"
-UNDER_WAY: Final = (
-    f"answers that were under way when the run was killed are sampled anew, from newer weights; {EXPECTED}"
-)
 # Why a schedule does not repeat everything; nothing where it does.
-WARNINGS: Final[dict[ScheduleName, str]] = {
-    "one_step_off": UNDER_WAY,
-    "partial_rollout": UNDER_WAY,
-    "over_sampling": CLOCK,
-    "async": CLOCK,
-}
+WARNINGS: Final[dict[ScheduleName, str]] = {"over_sampling": CLOCK, "async": CLOCK}
 ACCELERATOR: Final = "accelerators may add in an order of their own; only on the CPU nothing may differ in any case"
 
 

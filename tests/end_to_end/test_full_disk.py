@@ -1,4 +1,7 @@
-"""A disk that fills up while a run trains: it says so and goes on, and what was saved before is there and good."""
+"""A disk that fills up while a run trains: it says so and goes on, and what was saved before is there and good.
+
+Where the last checkpoint is lost too, the run ends with status 1: its end is nowhere on the disk.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,13 @@ import pytest
 from killing import lost
 from runs import ROOT, RUN_TIMEOUT_S, Launcher, metrics
 
-from chatlearn.checkpoint.layout import list_complete
+from chatlearn.budget import num_parameters
+from chatlearn.checkpoint.durable import STAGING_PREFIX
+from chatlearn.checkpoint.layout import HUGGING_FACE_FOLDER, list_complete
 
 NUM_EPISODES = 4
-DISK = "8m"  # One checkpoint of the tiny model fits, and the second does not.
+TWO_FIT = "8m"  # Two checkpoints of the tiny model do, the second without its Hugging Face directory.
+A_LITTLE = 16 * 1024  # bytes beyond weights and moments: less than random states and descriptions take
 SMALL = (
     f"runtime_args.num_episode={NUM_EPISODES}",
     "runtime_args.rollout_backend=transformers",
@@ -40,26 +46,49 @@ def small_disk(folder: Path, size: str, command: list[str]) -> list[str]:
     return ["unshare", "-rm", "bash", "-c", ON_A_SMALL_DISK.format(size=size), str(folder), *command]
 
 
-def test_a_full_disk_ends_neither_the_run_nor_what_was_saved(launcher: Launcher, tmp_path: Path) -> None:
-    (tmp_path / "try").mkdir()
-    tried = subprocess.run(small_disk(tmp_path / "try", "1m", ["true"]), capture_output=True, text=True, check=False)
+def trained_on(disk_size: str, launcher: Launcher, run: Path, *overrides: str) -> tuple[str, Path]:
+    """What a run says whose checkpoints go to a disk of that size, and what is left there; it must go on to its end."""
+    (run / "try").mkdir(parents=True)
+    tried = subprocess.run(small_disk(run / "try", "1m", ["true"]), capture_output=True, text=True, check=False)
     if tried.returncode != 0:
         pytest.skip(f"no disk can be mounted here, not even in a name space of one's own: {tried.stderr.strip()}")
-    disk = tmp_path / "run" / "save_model"
-    disk.mkdir(parents=True)
+    disk = run / "save_model"
+    disk.mkdir()
     ended = subprocess.run(
-        small_disk(disk, DISK, launcher.command(tmp_path / "run", *SMALL)),
+        small_disk(disk, disk_size, launcher.command(run, *SMALL, *overrides)),
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=RUN_TIMEOUT_S,
         check=False,
     )
-    assert "cannot be written" in ended.stderr, ended.stderr
     assert "Traceback" not in ended.stderr
-    root = disk.with_name("save_model-at-the-end") / "policy_trainer"
+    assert sorted(metrics(run)) == list(range(1, NUM_EPISODES + 1)), "it went on without the disk"
+    assert ended.returncode == 1, "the end of the run is not on the disk"
+    assert f"checkpoint {NUM_EPISODES} was not saved" in ended.stderr, ended.stderr
+    assert metrics(run)[NUM_EPISODES]["checkpoint/failed"] == 1
+    return ended.stderr, disk.with_name("save_model-at-the-end") / "policy_trainer"
+
+
+def test_what_does_not_fit_is_not_begun_and_what_was_saved_stays(launcher: Launcher, tmp_path: Path) -> None:
+    said, root = trained_on(TWO_FIT, launcher, tmp_path / "run")
+    assert f"{root.parent.with_name('save_model')}/policy_trainer: the next checkpoint needs" in said
+    assert "nothing of it was written" in said
+    assert "checkpoint 2 gets no Hugging Face directory" in said
+    assert "checkpoint 3 was not saved" in said
     saved = list_complete(root)
-    assert len(saved) == 1
+    assert [folder.name for folder in saved] == ["1", "2"]
+    assert [(folder / HUGGING_FACE_FOLDER).exists() for folder in saved] == [True, False]
     assert lost(root, saved) == []
-    assert (root / "latest").read_text().strip() == saved[-1].name
-    assert sorted(metrics(tmp_path / "run")) == list(range(1, NUM_EPISODES + 1)), "it went on without the disk"
+    assert (root / "latest").read_text().strip() == "2"
+    assert list(root.glob(f"{STAGING_PREFIX}*")) == []
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_save_is_told_of(launcher: Launcher, tmp_path: Path) -> None:
+    """Weights and moments would just fit, but not what comes with them."""
+    numbers = 3 * 4 * num_parameters(ROOT / "embedded" / "tiny_qwen3")
+    said, root = trained_on(str(numbers + A_LITTLE), launcher, tmp_path / "run", "models.policy_trainer.save_hf=False")
+    assert "cannot be written" in said
+    assert list_complete(root) == ()
+    assert not (root / "latest").exists()
+    assert not any(path.is_file() for path in root.rglob("*")), "what was begun takes no room any more"

@@ -116,17 +116,17 @@ def test_every_tensor_of_a_family_is_witnessed(family: str) -> None:
     assert [name for name in names if not name.endswith(witnessed)] == []
 
 
-def testimony(**gaps: float) -> Testimony:
+def answers_off_by(**gaps: float) -> Testimony:
     """Answers of one token to eight probes; some are off."""
     return {f"probe.{number}": [(7, -1.0 + gaps.get(f"probe_{number}", 0.0))] for number in range(8)}
 
 
 def test_a_router_that_turns_at_a_tie_is_excused_and_a_fault_is_not() -> None:
     """A tie is met by a probe or two; a weight that is not used by nearly all."""
-    turned = testimony(probe_1=5e-3, probe_6=2e-4)
-    assert difference(testimony(), turned) == pytest.approx(5e-3), "a dense model has no routers"
-    assert difference(testimony(), turned, num_excused=2) == 0
-    assert difference(testimony(), turned, num_excused=1) == pytest.approx(2e-4)
-    assert difference(testimony(), testimony(probe_3=float("nan")), num_excused=2) == float("inf")
-    parted = {name: [(number, -1.0)] for number, name in enumerate(testimony())}
-    assert difference(testimony(), parted, num_excused=2) == float("inf")
+    turned = answers_off_by(probe_1=5e-3, probe_6=2e-4)
+    assert difference(answers_off_by(), turned) == pytest.approx(5e-3), "a dense model has no routers"
+    assert difference(answers_off_by(), turned, num_excused=2) == 0
+    assert difference(answers_off_by(), turned, num_excused=1) == pytest.approx(2e-4)
+    assert difference(answers_off_by(), answers_off_by(probe_3=float("nan")), num_excused=2) == float("inf")
+    parted = {name: [(number, -1.0)] for number, name in enumerate(answers_off_by())}
+    assert difference(answers_off_by(), parted, num_excused=2) == float("inf")
