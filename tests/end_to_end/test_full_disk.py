@@ -17,7 +17,7 @@ from chatlearn.checkpoint.durable import STAGING_PREFIX
 from chatlearn.checkpoint.layout import HUGGING_FACE_FOLDER, list_complete
 
 NUM_EPISODES = 4
-TWO_FIT = "8m"  # Two checkpoints of the tiny model do, the second without its Hugging Face directory.
+TWO_FIT = "size=8m"  # Two checkpoints of the tiny model do, the second without its Hugging Face directory.
 A_LITTLE = 16 * 1024  # bytes beyond weights and moments: less than random states and descriptions take
 SMALL = (
     f"runtime_args.num_episode={NUM_EPISODES}",
@@ -33,7 +33,7 @@ SMALL = (
 )
 # In a name space of its own, so that the disk goes with the last process; what was on it is copied out before.
 ON_A_SMALL_DISK = """
-mount -t tmpfs -o size={size} none "$0"
+mount -t tmpfs -o {options} none "$0"
 "$@"
 status=$?
 cp -r "$0" "$0-at-the-end"
@@ -41,21 +41,21 @@ exit $status
 """
 
 
-def small_disk(folder: Path, size: str, command: list[str]) -> list[str]:
-    """The command, with a disk of ``size`` at ``folder``."""
-    return ["unshare", "-rm", "bash", "-c", ON_A_SMALL_DISK.format(size=size), str(folder), *command]
+def small_disk(folder: Path, options: str, command: list[str]) -> list[str]:
+    """The command, with a disk at ``folder``, such as ``size=8m``."""
+    return ["unshare", "-rm", "bash", "-c", ON_A_SMALL_DISK.format(options=options), str(folder), *command]
 
 
-def trained_on(disk_size: str, launcher: Launcher, run: Path, *overrides: str) -> tuple[str, Path]:
-    """What a run says whose checkpoints go to a disk of that size, and what is left there; it must go on to its end."""
+def trained_on(options: str, launcher: Launcher, run: Path, *overrides: str) -> tuple[str, Path]:
+    """What a run says whose checkpoints go to such a disk, and what is left there; it must go on to its end."""
     (run / "try").mkdir(parents=True)
-    tried = subprocess.run(small_disk(run / "try", "1m", ["true"]), capture_output=True, text=True, check=False)
+    tried = subprocess.run(small_disk(run / "try", "size=1m", ["true"]), capture_output=True, text=True, check=False)
     if tried.returncode != 0:
         pytest.skip(f"no disk can be mounted here, not even in a name space of one's own: {tried.stderr.strip()}")
     disk = run / "save_model"
     disk.mkdir()
     ended = subprocess.run(
-        small_disk(disk, disk_size, launcher.command(run, *SMALL, *overrides)),
+        small_disk(disk, options, launcher.command(run, *SMALL, *overrides)),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -87,8 +87,17 @@ def test_what_does_not_fit_is_not_begun_and_what_was_saved_stays(launcher: Launc
 def test_a_disk_that_is_full_in_the_middle_of_a_save_is_told_of(launcher: Launcher, tmp_path: Path) -> None:
     """Weights and moments would just fit, but not what comes with them."""
     numbers = 3 * 4 * num_parameters(ROOT / "embedded" / "tiny_qwen3")
-    said, root = trained_on(str(numbers + A_LITTLE), launcher, tmp_path / "run", "models.policy_trainer.save_hf=False")
+    said, root = trained_on(
+        f"size={numbers + A_LITTLE}", launcher, tmp_path / "run", "models.policy_trainer.save_hf=False"
+    )
     assert "cannot be written" in said
     assert list_complete(root) == ()
     assert not (root / "latest").exists()
     assert not any(path.is_file() for path in root.rglob("*")), "what was begun takes no room any more"
+
+
+def test_a_disk_that_can_only_be_read_is_told_of(launcher: Launcher, tmp_path: Path) -> None:
+    said, root = trained_on("ro", launcher, tmp_path / "run", "models.policy_trainer.save_hf=False")
+    assert said.count("was not saved") == NUM_EPISODES
+    assert "Read-only file system" in said
+    assert list(root.parent.iterdir()) == []
