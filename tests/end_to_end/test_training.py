@@ -108,7 +108,7 @@ def test_every_promised_file_is_there(output: Path) -> None:
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["versions"]["torch"]
     assert manifest["data"][0]["sha256"]
-    assert {row["role"] for row in actors(output)} == {"driver", "policy", "policy_trainer", "reward"}
+    assert {row["role"] for row in actors(output)} == {"driver", "policy", "policy_trainer", "reward", "exporter"}
     for row in actors(output):
         assert row["role"] == "driver" or (output / "logs" / f"{row['role']}_{row['rank']}.log").exists()
     assert list((output / "tensorboard").iterdir())
