@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from runs import Launcher, metrics
 
+LONGEST_TEST_S = 900  # Four starts, which on a busy machine take their time.
 MEASURE = "eval/DigitalLearningGmbH/MATH-lighteval/avg@1"
 SMALL = (
     "runtime_args.rollout_backend=transformers",
@@ -23,6 +25,7 @@ SMALL = (
 )
 
 
+@pytest.mark.timeout(LONGEST_TEST_S)
 def test_damage_another_number_of_ranks_and_going_back(launcher: Launcher, tmp_path: Path) -> None:
     """Three processes one after the other: the metrics and checkpoints they leave belong to one run."""
     root = tmp_path / "save_model" / "policy_trainer"

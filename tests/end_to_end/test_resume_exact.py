@@ -21,6 +21,7 @@ from chatlearn.checkpoint.manifest import read_manifest
 from chatlearn.config.layout import TRAINER_CHECKPOINTS
 from chatlearn.resume_check.comparison import compare_runs
 
+LONGEST_TEST_S = 900  # Three starts, which on a busy machine take their time.
 NUM_EPISODES = 3
 CUTS = (1, 2)
 SMALL = (
@@ -69,6 +70,7 @@ def left_after(run: Path, episode: int, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.timeout(LONGEST_TEST_S)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_was_cut_after_any_episode_is_the_same_to_the_bit(
     launcher: Launcher, tmp_path: Path, kind: str
@@ -88,6 +90,7 @@ def test_a_run_that_was_cut_after_any_episode_is_the_same_to_the_bit(
         assert min(compared.counts.values()) >= NUM_EPISODES, compared.counts
 
 
+@pytest.mark.timeout(LONGEST_TEST_S)
 def test_the_command_proves_it_on_a_configuration_of_ones_own(launcher: Launcher, tmp_path: Path) -> None:
     """Really killed, and with the keys that the check sets itself in the file; a fault is then planted in a copy."""
     words = launcher.command(tmp_path, "runtime_args.rollout_backend=transformers", *SMALL)
