@@ -58,7 +58,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 def left_after(run: Path, episode: int, folder: Path) -> Path:
     """What ``run`` would have left if it had been killed in the next episode, once ``episode`` was saved."""
-    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("logs", "actors.json", ".*"))
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("logs", "actors.json"))
     for path in (folder / "rollouts").iterdir():
         if int(path.stem.removeprefix("episode_")) > episode:
             path.write_text("half a li")
@@ -83,6 +83,7 @@ def test_a_run_that_was_cut_after_any_episode_is_the_same_to_the_bit(
         resumed = left_after(whole, cut, tmp_path / f"cut_after_{cut}")
         ended = launcher.run(resumed, *overrides)
         assert ended.returncode == 0, ended.stderr
+        assert f", after episode {cut}" in ended.stderr, "it began anew, which proves nothing"
         compared = compare_runs(whole, resumed)
         assert compared.difference is None, f"cut after episode {cut}: {compared.difference}"
         assert compared.counts["checkpoints"] == NUM_EPISODES
