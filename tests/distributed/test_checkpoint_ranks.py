@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,6 +170,18 @@ def test_another_number_of_ranks_takes_weights_and_moments_over(
         assert largest_difference(here.next_weights, saved.snapshot.next_weights) < 0.05 * LR
         moved = largest_difference(here.weights, here.next_weights)
         assert moved > 0.5 * LR
+
+
+@pytest.mark.parametrize("changed", [{"grouped_experts": False}, {"sequence_parallel_size": 2}])
+def test_experts_and_sequences_may_be_computed_in_another_way(
+    saved_by: SavedBy, gang_of: Callable[[int], Gang], changed: dict[str, Any]
+) -> None:
+    saved = saved_by("moe", 2)
+    for restored, here in gang_of(2).run(load_and_train, replace(saved.setup, **changed), saved.folder, 0):
+        assert restored == Restored(2, random_states=True)
+        assert largest_difference(here.weights, saved.snapshot.weights) == 0
+        assert here.stats.grad_norm == pytest.approx(saved.snapshot.stats.grad_norm, rel=1e-4)
+        assert largest_difference(here.next_weights, saved.snapshot.next_weights) < 0.05 * LR
 
 
 def test_replicas_save_what_one_of_them_holds(saved_by: SavedBy, gang_of: Callable[[int], Gang]) -> None:

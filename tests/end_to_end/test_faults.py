@@ -33,6 +33,7 @@ def poisoned(inputs, clip):
     return inputs.logprobs * float("inf")
 """
 GONE_WITHIN_S = 10.0
+HUGGING_FACE_OF = "save_model/policy_trainer/{}/huggingface/config.json"
 TOLD_WITHIN_S = 30.0
 AFTER_THE_STEP_S = 4.0  # A step of 32 short answers takes less than one, the evaluation that follows takes many.
 
@@ -146,3 +147,21 @@ def optimizer_steps(checkpoint: Path) -> set[float]:
     state = {name: torch.zeros(()) for name in names}
     dcp.load(state, checkpoint_id=folder, no_dist=True)
     return {float(value) for value in state.values()}
+
+
+def test_a_killed_exporter_costs_one_hugging_face_directory_and_nothing_else(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """In a run whose training waits for its saves; the others are killed in ``test_checkpoint_faults.py``."""
+    saving = ("runtime_args.save_episode_interval=1", "runtime_args.keep_checkpoints=0", "runtime_args.num_episode=30")
+    run = launcher.start(tmp_path, *SMALL, *saving, "runtime_args.save_in_background=False")
+    wait_until((tmp_path / HUGGING_FACE_OF.format(2)).exists, run, "second checkpoint")
+    (exporter,) = (row["pid"] for row in actors(tmp_path) if row["role"] == "exporter")
+    os.kill(exporter, signal.SIGKILL)
+    ended = finish(run)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("gets no Hugging Face directory (exporter rank 0") == 1, ended.stderr
+    without = [number for number in range(1, 31) if not (tmp_path / HUGGING_FACE_OF.format(number)).exists()]
+    assert len(without) == 1
+    assert saved_state(tmp_path, 30)["episode"] == 30
+    assert [row["state"] for row in actors(tmp_path) if row["role"] == "exporter"] == ["finished", "replaced"]
