@@ -17,10 +17,10 @@ from chatlearn.checkpoint.selection import Choice, Saved, choose, newer_than, re
 from chatlearn.config.layout import Layout
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.config.text import resolved_text
-from chatlearn.continuation import compare, origin_of, problems_of, remarks_of
 from chatlearn.errors import CheckpointError, ConfigError
 from chatlearn.observability.journal import Journal
 from chatlearn.observability.manifest import RunFacts, write_manifest
+from chatlearn.provenance import compare, problems_of, provenance_of, remarks_of
 from chatlearn.recipe import lora_spec
 from chatlearn.specs import journal_spec
 from chatlearn.team import Team
@@ -98,7 +98,7 @@ def _chosen(config: GrpoConfig, layout: Layout, newest: Saved | None) -> Saved |
 
 def _continued(config: GrpoConfig, layout: Layout, saved: Saved) -> RunState:
     """The saved state, once the configuration has been compared with the one that it was saved with."""
-    comparison = compare(saved, config, origin_of(config, layout))
+    comparison = compare(saved, config, provenance_of(config, layout))
     if comparison is None:
         announce(f"{saved.folder} holds no {CONFIG_NAME} (an older version saved it): configurations are not compared")
         return saved.state

@@ -71,7 +71,7 @@ def _draft(team: Team, state: RunState, journal: Journal, staging: Path) -> Draf
         groupgemm=team.layout.trainer.groupgemm,
         num_ranks=team.layout.trainer.num_ranks,
         adapter=adapter,
-        origin=team.origin,
+        provenance=team.provenance,
     )
 
     def complete(files: Sequence[FileRecord]) -> None:

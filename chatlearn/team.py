@@ -10,7 +10,7 @@ from pathlib import Path
 from chatlearn import specs
 from chatlearn.algorithm.advantage import ADVANTAGES, AdvantageFn
 from chatlearn.checkpoint.adapters import base_digest
-from chatlearn.checkpoint.manifest import Origin
+from chatlearn.checkpoint.manifest import Provenance
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.archive import Archive
 from chatlearn.cluster.cluster import Cluster, ClusterSpec
@@ -69,7 +69,7 @@ class Team:
     replays_routes: bool
     config_text: str
     lora: LoraSpec | None
-    origin: Origin
+    provenance: Provenance
     checkpoint_bytes: int
 
     def seeds(self, episode: int, purpose: SamplingPurpose) -> list[int]:
@@ -142,7 +142,7 @@ def gather(
             replays_routes=config.models.policy_trainer.router_replay is True,
             config_text=resolved_text(config),
             lora=lora_spec(config),
-            origin=Origin(questions.training.content_hash, base_digest(Path(layout.trainer.load))),
+            provenance=Provenance(questions.training.content_hash, base_digest(Path(layout.trainer.load))),
             checkpoint_bytes=size_of_checkpoint(config, layout).total,
         )
 

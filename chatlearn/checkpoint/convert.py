@@ -15,7 +15,7 @@ from chatlearn.checkpoint.manifest import MANIFEST_NAME, Manifest, verify_sizes
 from chatlearn.checkpoint.original_layout import (
     is_original,
     open_original,
-    original_origins,
+    original_sources,
     require_tied_head,
     trained_grouped,
 )
@@ -84,7 +84,7 @@ def _convert_original(
     notes = (f"{folder} is in the layout of the original ChatLearn, which has no checksums to compare",)
     notes += _groupgemm_notes(family, trained_grouped(tensors), groupgemm)
     require_tied_head(hf_dir, tensors, shapes)
-    stream = stored(tensors, original_origins(folder, tensors, shapes), dtype)
+    stream = stored(tensors, original_sources(folder, tensors, shapes), dtype)
     written = write_stream(stream, shapes, hf_dir, save_dir, dtype, progress)
     return _report(written, hf_dir, folder, notes)
 

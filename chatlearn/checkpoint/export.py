@@ -31,7 +31,7 @@ def no_progress(done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
-class Origin:
+class TensorSource:
     """Where a tensor of the model directory comes from: a saved tensor, or a piece of one."""
 
     name: str
@@ -67,7 +67,7 @@ def export_verified(
     tensors = open_shards(folder / MODEL_FOLDER)
     if adapter is None:
         require_shapes(folder, tensors.shapes, shapes)
-        stream = stored(tensors, own_origins(family, shapes), dtype)
+        stream = stored(tensors, own_sources(family, shapes), dtype)
     else:
         require_shapes(folder, tensors.shapes, _factor_shapes(folder, tensors.shapes, shapes, adapter))
         stream = _merged(tensors, shapes, family, dtype, adapter, base_dir)
@@ -96,15 +96,17 @@ def require_shapes(folder: Path, found: Mapping[str, tuple[int, ...]], wanted: S
             raise CheckpointError(f"{folder}: '{name}' has shape {found[name]}; the base model's is {shape}")
 
 
-def own_origins(family: ModelFamily, shapes: Shapes) -> dict[str, Origin]:
+def own_sources(family: ModelFamily, shapes: Shapes) -> dict[str, TensorSource]:
     """Our checkpoints hold parameters as they are in memory; ``shapes`` are theirs."""
-    return {piece.name: Origin(name, piece) for name, shape in shapes.items() for piece in family.pieces(name, shape)}
+    return {
+        piece.name: TensorSource(name, piece) for name, shape in shapes.items() for piece in family.pieces(name, shape)
+    }
 
 
-def stored(tensors: SavedTensors, origins: Mapping[str, Origin], dtype: StoredDtype) -> Stream:
+def stored(tensors: SavedTensors, sources: Mapping[str, TensorSource], dtype: StoredDtype) -> Stream:
     """Every tensor under its stored name, read when it is asked for."""
-    for name, origin in origins.items():
-        yield name, tensors.read(origin.name, DTYPES[dtype], origin.piece)
+    for name, source in sources.items():
+        yield name, tensors.read(source.name, DTYPES[dtype], source.piece)
 
 
 def _factor_shapes(

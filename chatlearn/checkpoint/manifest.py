@@ -43,7 +43,7 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """What a run is made from, by content and not by path: the training data, and the weights of the base model."""
 
     data_hash: str
@@ -56,7 +56,7 @@ class Manifest:
 
     ``base_model`` is the model directory that training started from, ``architecture`` the class name in its
     ``config.json``, ``groupgemm`` whether experts ran as grouped matrix products, ``num_ranks`` the saving ranks,
-    ``adapter`` what was trained where it was not the model itself; older ones know no ``origin``.
+    ``adapter`` what was trained where it was not the model itself; older ones know no ``provenance``.
     """
 
     iteration: int
@@ -67,7 +67,7 @@ class Manifest:
     num_ranks: int
     files: tuple[FileRecord, ...] = ()
     adapter: AdapterRecord | None = None
-    origin: Origin | None = None
+    provenance: Provenance | None = None
 
 
 def record_file(directory: Path, name: str) -> FileRecord:
@@ -101,7 +101,7 @@ def read_manifest(directory: Path, name: str = MANIFEST_NAME) -> Manifest:
         num_ranks=integer(document, "num_ranks", path),
         files=read_files(document, path),
         adapter=read_adapter(document, path),
-        origin=_read_origin(document, path),
+        provenance=_read_provenance(document, path),
     )
 
 
@@ -117,11 +117,11 @@ def read_files(document: Document, path: Path) -> tuple[FileRecord, ...]:
     )
 
 
-def _read_origin(document: Document, path: Path) -> Origin | None:
-    if document.get("origin") is None:
+def _read_provenance(document: Document, path: Path) -> Provenance | None:
+    if document.get("provenance") is None:
         return None
-    record = inner(document, "origin", path)
-    return Origin(text(record, "data_hash", path), text(record, "base_digest", path))
+    record = inner(document, "provenance", path)
+    return Provenance(text(record, "data_hash", path), text(record, "base_digest", path))
 
 
 def _inner_name(name: str, path: Path) -> str:

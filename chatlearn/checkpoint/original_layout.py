@@ -19,7 +19,7 @@ from torch import Tensor
 
 from chatlearn.checkpoint.architecture import Shapes
 from chatlearn.checkpoint.blocks import Block, Shard
-from chatlearn.checkpoint.export import Origin, require_shapes
+from chatlearn.checkpoint.export import TensorSource, require_shapes
 from chatlearn.checkpoint.saved_file import DescribedTensor, describe
 from chatlearn.checkpoint.saved_tensors import SavedTensors
 from chatlearn.errors import CheckpointError, ConfigError
@@ -184,24 +184,24 @@ def trained_grouped(tensors: SavedTensors) -> bool:
     return any(GROUPED in name for name in tensors.shapes)
 
 
-def original_origins(folder: Path, tensors: SavedTensors, wanted: Shapes) -> dict[str, Origin]:
+def original_sources(folder: Path, tensors: SavedTensors, wanted: Shapes) -> dict[str, TensorSource]:
     """Where each tensor of a model directory is found; ``wanted`` are their names and shapes.
 
     Raises ``CheckpointError`` for the first that is not there in its shape.
     """
-    origins: dict[str, Origin] = {}
+    sources: dict[str, TensorSource] = {}
     needed: Shapes = {}
     grouped = Counter(group for name in wanted if (group := _group(name)))
     for name, shape in wanted.items():
         group = _group(name)
         if name in tensors.shapes or group is None or group not in tensors.shapes:
-            origins[name], needed[name] = Origin(name), shape
+            sources[name], needed[name] = TensorSource(name), shape
             continue
         first = int(EXPERT.fullmatch(name)["expert"]) * shape[0]  # pyright: ignore[reportOptionalSubscript] - a group
-        origins[name] = Origin(group, StoredPiece(name, rows=(first, first + shape[0])))
+        sources[name] = TensorSource(group, StoredPiece(name, rows=(first, first + shape[0])))
         needed[group] = (grouped[group] * shape[0], *shape[1:])
     require_shapes(folder, tensors.shapes, needed)
-    return origins
+    return sources
 
 
 def _group(name: str) -> str | None:

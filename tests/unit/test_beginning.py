@@ -19,8 +19,8 @@ from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.read import read_config
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.config.text import resolved_text
-from chatlearn.continuation import origin_of
 from chatlearn.errors import CheckpointError, ConfigError
+from chatlearn.provenance import provenance_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,9 +62,9 @@ class Runs:
         staging = begin(self.root, iteration)
         save_run_state(staging, replace(state, episode=iteration, train_iteration=iteration))
         save_config(staging, resolved_text(config))
-        origin = origin_of(config, layout)
+        provenance = provenance_of(config, layout)
         return publish(
-            self.root, Manifest(iteration, iteration, "base", "A", groupgemm=False, num_ranks=2, origin=origin)
+            self.root, Manifest(iteration, iteration, "base", "A", groupgemm=False, num_ranks=2, provenance=provenance)
         )
 
     def begin(self, *overrides: str) -> RunState:
@@ -304,7 +304,7 @@ def test_a_run_does_not_give_up_newer_checkpoints_for_a_damaged_one(runs: Runs) 
     (staging / "model").mkdir()
     (staging / "model" / "shard").write_text("weights")
     folder = publish(
-        runs.root, Manifest(4, 4, "b", "A", groupgemm=False, num_ranks=2, origin=origin_of(config, layout))
+        runs.root, Manifest(4, 4, "b", "A", groupgemm=False, num_ranks=2, provenance=provenance_of(config, layout))
     )
     runs.save(6)
     (folder / "model" / "shard").write_text("weighty")

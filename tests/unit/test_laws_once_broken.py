@@ -28,9 +28,9 @@ from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.read import read_config
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.config.text import resolved_text
-from chatlearn.continuation import origin_of
 from chatlearn.episode import compare
 from chatlearn.observability.journal import Journal
+from chatlearn.provenance import provenance_of
 from chatlearn.records import Completion, Graded, Prompt, Rollout, Score, VersionRun
 from chatlearn.saving import save
 from chatlearn.team import Team
@@ -107,7 +107,7 @@ def team_of(config: GrpoConfig, layout: Layout, trainer: OneNumber) -> Team:
             lora=None,
             checkpoint_bytes=0,
             config_text=resolved_text(config),
-            origin=origin_of(config, layout),
+            provenance=provenance_of(config, layout),
         ),
     )
 

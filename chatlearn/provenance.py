@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from chatlearn.checkpoint.adapters import base_digest
-from chatlearn.checkpoint.manifest import Origin
+from chatlearn.checkpoint.manifest import Provenance
 from chatlearn.checkpoint.run_state import load_config
 from chatlearn.checkpoint.selection import Saved
 from chatlearn.config.layout import Layout
@@ -34,21 +34,21 @@ class Comparison:
         return any(difference.verdict.kind == "data" for difference in self.harmful)
 
 
-def origin_of(config: GrpoConfig, layout: Layout) -> Origin:
+def provenance_of(config: GrpoConfig, layout: Layout) -> Provenance:
     """What the run would be made from; reads the data once, and of the model only a little."""
     files = data_files(config.runtime_args.data_path)
-    return Origin(content_hash(files), base_digest(Path(layout.trainer.load)))
+    return Provenance(content_hash(files), base_digest(Path(layout.trainer.load)))
 
 
-def compare(saved: Saved, config: GrpoConfig, origin: Origin) -> Comparison | None:
+def compare(saved: Saved, config: GrpoConfig, provenance: Provenance) -> Comparison | None:
     """Compare key by key; data and model count by content, wherever they lie. ``None`` where nothing was kept."""
     text = load_config(saved.folder)
     if text is None:
         return None
     written = {difference.verdict.key: difference for difference in differences(text, config)}
-    contents = _changed_contents(saved, config, origin)
+    contents = _changed_contents(saved, config, provenance)
     harmful = {key: one for key, one in written.items() if one.verdict.kind in ("harmful", "data")}
-    if saved.manifest.origin is not None:  # then contents are known, and a path is only a path
+    if saved.manifest.provenance is not None:  # then contents are known, and a path is only a path
         harmful = {key: one for key, one in harmful.items() if key not in BY_CONTENT} | {
             key: written.get(key, Difference(VERDICT_OF[key], now, now)) for key, now in contents.items()
         }
@@ -56,14 +56,14 @@ def compare(saved: Saved, config: GrpoConfig, origin: Origin) -> Comparison | No
     return Comparison(tuple(harmful.values()), harmless)
 
 
-def _changed_contents(saved: Saved, config: GrpoConfig, origin: Origin) -> dict[str, str]:
+def _changed_contents(saved: Saved, config: GrpoConfig, provenance: Provenance) -> dict[str, str]:
     """The keys whose paths lead to other content than that of the saved run, with the paths."""
-    before = saved.manifest.origin
+    before = saved.manifest.provenance
     if before is None:
         return {}
     pairs = (
-        (DATA, before.data_hash, origin.data_hash, config.runtime_args.data_path),
-        (MODEL, before.base_digest, origin.base_digest, config.models.policy_trainer.load),
+        (DATA, before.data_hash, provenance.data_hash, config.runtime_args.data_path),
+        (MODEL, before.base_digest, provenance.base_digest, config.models.policy_trainer.load),
     )
     return {key: path for key, was, now, path in pairs if was != now}
 
@@ -91,7 +91,7 @@ def remarks_of(saved: Saved, comparison: Comparison) -> list[str]:
 
 def _told(saved: Saved, difference: Difference) -> str:
     key, now = difference.verdict.key, difference.now
-    if key in BY_CONTENT and saved.manifest.origin is not None:
+    if key in BY_CONTENT and saved.manifest.provenance is not None:
         where = f"{difference.saved} did" if difference.saved != now else "it did"
         return f"{key}={now} does not hold what {where} when checkpoint {saved.folder.name} was saved"
     return f"{key}={now} was {difference.saved} when checkpoint {saved.folder.name} was saved"
