@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import product
 
 import pytest
+from minimal import MINIMAL
 
 from chatlearn.config.aliases import SPELLINGS
 from chatlearn.config.fates import FATE_OF, FATES
@@ -15,18 +16,6 @@ from chatlearn.config.sections import SCHEMA_KEYS
 from chatlearn.config.summary import inert_line
 from chatlearn.config.tree import flatten
 from chatlearn.errors import ConfigError
-
-MINIMAL = {
-    "runtime_args.output_dir": "output",
-    "runtime_args.data_path": "train.json",
-    "runtime_args.num_episode": 2,
-    "runtime_args.sample_per_episode": 64,
-    "runtime_args.train_global_batch_size": 64,
-    "runtime_args.save_episode_interval": 1,
-    "models.policy_trainer.num_gpu": 2,
-    "models.policy_trainer.load": "model",
-    "models.policy.num_gpu": 2,
-}
 
 ENV = "excludes platform pip py_modules working_dir"
 RUNTIME = """train_backend rollout_backend task_type use_rollout_manager use_partial_rollout exp_name colocation

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from minimal import MINIMAL
 from omegaconf import OmegaConf
 
 from chatlearn.config.read import config_of
@@ -14,17 +15,6 @@ from chatlearn.config.sections import SCHEMA_KEYS
 from chatlearn.config.text import resolved_text
 from chatlearn.config.tree import flatten, nest
 
-PLAIN: dict[str, object] = {
-    "runtime_args.output_dir": "output",
-    "runtime_args.data_path": "train.json",
-    "runtime_args.num_episode": 2,
-    "runtime_args.sample_per_episode": 64,
-    "runtime_args.train_global_batch_size": 64,
-    "runtime_args.save_episode_interval": 1,
-    "models.policy_trainer.num_gpu": 2,
-    "models.policy_trainer.load": "model",
-    "models.policy.num_gpu": 2,
-}
 HARMFUL = {
     "runtime_args.data_path",
     "runtime_args.seed",
@@ -70,7 +60,7 @@ def other(value: object) -> object:
 
 
 def test_a_change_of_any_key_is_seen_and_of_no_other() -> None:
-    config = config_of(PLAIN, {})
+    config = config_of(MINIMAL, {})
     leaves = flatten(config.model_dump(mode="json"))
     assert set(leaves) == set(SCHEMA_KEYS)
     for key, value in leaves.items():
@@ -81,10 +71,10 @@ def test_a_change_of_any_key_is_seen_and_of_no_other() -> None:
 
 def test_what_is_written_otherwise_and_means_the_same_is_no_difference() -> None:
     name = "runtime_args.data_checkpoint_path"
-    config = config_of({**PLAIN, name: "${runtime_args.output_dir}/data"}, {})
+    config = config_of({**MINIMAL, name: "${runtime_args.output_dir}/data"}, {})
     assert "${runtime_args.output_dir}" in resolved_text(config)
-    assert differences(resolved_text(config), config_of({**PLAIN, name: "output/data"}, {})) == ()
-    moved = config_of({**PLAIN, name: "${runtime_args.output_dir}/data"}, {"runtime_args.output_dir": "moved"})
+    assert differences(resolved_text(config), config_of({**MINIMAL, name: "output/data"}, {})) == ()
+    moved = config_of({**MINIMAL, name: "${runtime_args.output_dir}/data"}, {"runtime_args.output_dir": "moved"})
     (output, below) = differences(resolved_text(config), moved)
     assert (output.verdict.key, output.saved, output.now) == ("runtime_args.output_dir", "output", "moved")
     assert (below.saved, below.now) == ("output/data", "moved/data")
@@ -92,6 +82,8 @@ def test_what_is_written_otherwise_and_means_the_same_is_no_difference() -> None
 
 def test_a_key_that_was_not_saved_meant_its_default_and_one_that_is_gone_is_left_out() -> None:
     saved = "runtime_args: {seed: 7, gone: 3}\n"
-    (found,) = [one for one in differences(saved, config_of(PLAIN, {})) if one.verdict.key == "runtime_args.seed"]
+    (found,) = [one for one in differences(saved, config_of(MINIMAL, {})) if one.verdict.key == "runtime_args.seed"]
     assert (found.saved, found.now) == ("7", "1234")
-    assert "runtime_args.keep_checkpoints" not in {one.verdict.key for one in differences(saved, config_of(PLAIN, {}))}
+    assert "runtime_args.keep_checkpoints" not in {
+        one.verdict.key for one in differences(saved, config_of(MINIMAL, {}))
+    }
