@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -107,17 +108,15 @@ def test_a_stopped_process_is_named_by_who_waits_for_it_and_the_run_goes_on(clus
     assert all(name in full for name in ("Worker.ask_to_pause", "Worker.pause", "collect", "main thread"))
 
 
-def test_nothing_is_said_while_something_is_finished(
-    cluster: Cluster, group: Group, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_said_while_something_is_finished(cluster: Cluster, group: Group, tmp_path: Path) -> None:
     """Answers to the driver count, and answers that one actor gives to another while the driver waits for that one."""
-    monkeypatch.setattr(lookout, "SILENCE_S", 0.2)  # Nobody is silent here, and a wrong report shall come soon.
     said: list[str] = []
+    pauses = [0.5] * math.ceil((TIMEOUT_S + lookout.SILENCE_S + 2 * lookout.LOOK_EVERY_S) / 0.5)  # A report takes less.
     with looking_out(Station(TIMEOUT_S, cluster.members, tmp_path / "report.txt", said.append)):
-        for _ in range(7):
-            group.map("pause", 0.5)
+        group.first("ask_to_pause", group.members[1], pauses)
         assert said == []
-        group.first("ask_to_pause", group.members[1], [0.5] * 7)
+        for seconds in pauses:
+            group.map("pause", seconds)
     assert said == []
 
 
