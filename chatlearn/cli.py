@@ -187,7 +187,7 @@ def rehearse(config: GrpoConfig, layout: Layout) -> None:
     from chatlearn.checkpoint.run_lock import require_free
     from chatlearn.questions import read_questions
 
-    require_free(layout.folders.output)
+    require_free(layout.folders.output, announce)
     state = state_found(config, layout)
     if state.episode > 0:
         announce(f"a run would go on from checkpoint {state.train_iteration}, after episode {state.episode}")

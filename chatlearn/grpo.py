@@ -16,7 +16,7 @@ from typing import ClassVar, Final
 
 from chatlearn.asynchronous import Asynchronous
 from chatlearn.beginning import announce, beginning, open_journal, put_aside, resume
-from chatlearn.checkpoint.run_lock import hold_directory
+from chatlearn.checkpoint.run_lock import Hold, hold_directory
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.interruption import Interrupted, Interruption
 from chatlearn.config.environment import Environment
@@ -39,16 +39,16 @@ from chatlearn.trainer.generators import seed_generators
 def run(config: GrpoConfig) -> None:
     """Train until ``num_episode``; go on where an earlier run with the same ``output_dir`` stopped."""
     layout = layout_of(config, Environment.read())
-    with hold_directory(layout.folders.output, announce):
+    with hold_directory(layout.folders.output, announce) as hold:
         while True:
             try:
-                train(config, layout)
+                train(config, layout, hold)
                 break
             except DamagedCheckpointError as damage:  # The ranks have found it: once more, from the one before.
                 put_aside(damage.folder, damage.reason)
 
 
-def train(config: GrpoConfig, layout: Layout) -> None:
+def train(config: GrpoConfig, layout: Layout, hold: Hold) -> None:
     """The run itself, by the one process that may write into its directory."""
     state = beginning(config, layout)
     if state.episode >= config.runtime_args.num_episode:
@@ -56,10 +56,15 @@ def train(config: GrpoConfig, layout: Layout) -> None:
         return
     questions = read_questions(config)  # Before the journal: a mistake in the data touches nothing that is written.
     interruption = Interruption()
+
+    def heartbeat() -> None:
+        interruption.check()
+        hold.require_ours()
+
     with (
         interruption.listening(),
         open_journal(config, layout, state) as journal,
-        gather(config, layout, questions, state, journal, interruption.check) as team,
+        gather(config, layout, questions, state, journal, heartbeat) as team,
     ):
         resume(team, state, journal)
         publish(team, version=state.policy_version)
@@ -73,6 +78,7 @@ def train(config: GrpoConfig, layout: Layout) -> None:
                 interruption.check()
         except Interrupted:
             journal.say(f"interrupted; keeping the state after episode {state.episode}")
+            hold.require_ours()
             save(team, state, journal)
             team.archive.finish()
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_a_killed_driver_leaves_nobody(launcher: Launcher, tmp_path: Path) -> No
     run.communicate()
     said: list[str] = []
     with hold_directory(output, said.append):  # while the run's other processes are still leaving
-        assert f"the run with pid {run.pid} is gone" in said[0]
+        assert f"the run with pid {run.pid} on host {socket.gethostname()} is gone" in said[0]
 
     assert survivors(everybody, GONE_WITHIN_S) == []
 

@@ -9,12 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from chatlearn.checkpoint import run_lock
 from chatlearn.checkpoint.run_lock import LOCK_NAME, hold_directory, require_free
-from chatlearn.errors import ConfigError
+from chatlearn.errors import ConfigError, RunError
 
 # Holds the lock, tells so, starts a child of its own, and waits to be ended.
 HOLD = """
@@ -63,20 +65,36 @@ def heard(process: subprocess.Popen[str]) -> str:
 def enter(folder: Path) -> list[str]:
     """Hold the directory for an instant; returns what was said."""
     said: list[str] = []
-    with hold_directory(folder, said.append):
-        assert json.loads((folder / LOCK_NAME).read_text()) == {"host": socket.gethostname(), "pid": os.getpid()}
+    with hold_directory(folder, said.append) as hold:
+        hold.require_ours()
+        written = json.loads((folder / LOCK_NAME).read_text())
+        assert (written["host"], written["pid"]) == (socket.gethostname(), os.getpid())
     return said
+
+
+def look(folder: Path) -> list[str]:
+    """Ask whether the directory is free; returns what was said."""
+    said: list[str] = []
+    require_free(folder, said.append)
+    return said
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of life and watching for them, in the same relation as ever, ten times as fast."""
+    for name in ("SIGN_EVERY_S", "WATCH_S", "LOOK_EVERY_S"):
+        monkeypatch.setattr(run_lock, name, getattr(run_lock, name) / 10)
 
 
 def test_a_second_run_is_refused_with_host_and_pid_of_the_first_one(tmp_path: Path) -> None:
     first = start(HOLD, tmp_path / "run")
     assert heard(first).startswith("held")
-    for attempt in (enter, require_free):
+    for attempt in (enter, look):
         with pytest.raises(ConfigError, match=rf"pid {first.pid} on host {socket.gethostname()} is writing there"):
             attempt(tmp_path / "run")
     first.communicate("")
     assert (tmp_path / "run" / LOCK_NAME).read_text() == ""
-    require_free(tmp_path / "run")
+    assert look(tmp_path / "run") == []
     assert enter(tmp_path / "run") == []
 
 
@@ -86,10 +104,10 @@ def test_what_a_killed_run_left_is_taken_over_at_once_though_its_child_lives(tmp
     first.kill()
     first.communicate()
     os.kill(child, 0)  # raises where it is gone
-    require_free(tmp_path)
+    assert "is gone" not in "".join(look(tmp_path)), "who only looks takes nothing over"
     (said,) = enter(tmp_path)
     os.kill(child, signal.SIGKILL)
-    assert f"the run with pid {first.pid} is gone" in said
+    assert f"the run with pid {first.pid} on host {socket.gethostname()} is gone" in said
     assert enter(tmp_path) == []
 
 
@@ -102,13 +120,45 @@ def test_only_one_of_several_that_race_is_inside(tmp_path: Path) -> None:
     assert (tmp_path / "counter").read_text() == "30"
 
 
-def test_a_run_of_another_host_is_believed(tmp_path: Path) -> None:
-    (tmp_path / LOCK_NAME).write_text(json.dumps({"host": "elsewhere", "pid": 7}))
-    for attempt in (enter, require_free):
-        with pytest.raises(ConfigError, match=rf"pid 7 on host elsewhere.*delete {tmp_path / LOCK_NAME}"):
-            attempt(tmp_path)
-    (tmp_path / LOCK_NAME).unlink()
-    assert enter(tmp_path) == []
+ELSEWHERE = {"host": "elsewhere", "pid": 7, "run": "of another host"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_of_another_host_is_believed_while_it_gives_signs_of_life(tmp_path: Path) -> None:
+    """As where the file system carries no lock from there: the lock can be had, and the file is touched."""
+    path = tmp_path / LOCK_NAME
+    path.write_text(json.dumps(ELSEWHERE))
+    with run_lock.Hold(path, run_lock.Holder(**ELSEWHERE)).giving_signs():
+        for attempt in (enter, look):
+            with pytest.raises(ConfigError, match=r"pid 7 on host elsewhere is writing there"):
+                attempt(tmp_path)
+    assert json.loads(path.read_text()) == ELSEWHERE
+    (watching,) = look(tmp_path)
+    assert "watching for 3 s whether it gives a sign of life" in watching
+    watching, taken = enter(tmp_path)
+    assert "the run with pid 7 on host elsewhere is gone" in taken
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_was_taken_over_while_it_stood_still_ends(tmp_path: Path) -> None:
+    """Its file names another run by the time it wakes up; it must notice before it goes on."""
+    with hold_directory(tmp_path, print) as hold:
+        (tmp_path / LOCK_NAME).unlink()
+        time.sleep(2 * run_lock.SIGN_EVERY_S)
+        hold.require_ours()  # Nobody is named.
+        (tmp_path / LOCK_NAME).write_text(json.dumps(ELSEWHERE))
+        time.sleep(3 * run_lock.SIGN_EVERY_S)
+        with pytest.raises(RunError, match="the run with pid 7 on host elsewhere has taken this directory over"):
+            hold.require_ours()
+    assert json.loads((tmp_path / LOCK_NAME).read_text()) == ELSEWHERE, "the other one's name stays"
+
+
+def test_a_run_is_asked_no_more_often_than_it_gives_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked many times a second, and the file may lie on a slow disk."""
+    with hold_directory(tmp_path, print) as hold:
+        monkeypatch.setattr(run_lock, "_read", pytest.fail)
+        hold.require_ours()
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": "elsewh', '{"host": 1, "pid": "x"}', "\x00\xff"])
@@ -118,7 +168,7 @@ def test_a_torn_file_names_nobody(tmp_path: Path, content: str) -> None:
 
 
 def test_a_look_writes_nothing(tmp_path: Path) -> None:
-    require_free(tmp_path / "none")
+    assert look(tmp_path / "none") == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -128,7 +178,8 @@ def test_an_error_inside_gives_the_directory_back(tmp_path: Path) -> None:
     assert enter(tmp_path) == []
 
 
-def test_a_file_system_without_locks_is_said_and_does_not_stop_a_run(
+@pytest.mark.usefixtures("quick")
+def test_a_file_system_without_locks_is_said_and_signs_of_life_take_their_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unsupported(_descriptor: int, _operation: int) -> None:
@@ -136,6 +187,6 @@ def test_a_file_system_without_locks_is_said_and_does_not_stop_a_run(
 
     monkeypatch.setattr("fcntl.flock", unsupported)
     said: list[str] = []
-    with hold_directory(tmp_path, said.append):
-        require_free(tmp_path)
+    with hold_directory(tmp_path, said.append), pytest.raises(ConfigError, match=rf"pid {os.getpid()} on host"):
+        enter(tmp_path)
     assert "this file system has no locks" in said[0]
