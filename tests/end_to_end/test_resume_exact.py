@@ -2,8 +2,8 @@
 
 Weights, optimizer, random states, answers, rewards, advantages and every number but those of the machine are compared
 with a run that nobody disturbed, whose first episodes are what a run that was killed after them leaves. Processes are
-really killed by the command itself, ``chatlearn resume-check``, and in ``test_checkpoint_faults.py``. Every kind at every
-cut is long; one of each is not.
+really killed by the command itself, ``chatlearn resume-check``, and in ``test_checkpoint_faults.py``. Every kind at
+every cut is long; one of each is not.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def test_a_run_that_was_cut_after_any_episode_is_the_same_to_the_bit(
 
 @pytest.mark.timeout(LONGEST_TEST_S)
 def test_the_command_proves_it_on_a_configuration_of_ones_own(launcher: Launcher, tmp_path: Path) -> None:
-    """Really killed, with its Ray, and with the keys that the check sets itself in the file; then a fault is planted."""
+    """Really killed, with its Ray, and with keys of the file that the check sets itself; then a fault is planted."""
     words = [*launcher.command(tmp_path, *SMALL, *EXPERTS), "--episodes", "2", "--cut", "1"]
     words[words.index("grpo")] = "resume-check"
     checked = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
