@@ -86,6 +86,13 @@ def discard_staging(final: Path) -> None:
         shutil.rmtree(staging)
 
 
+def discard_unfinished(folder: Path) -> None:
+    """Remove what interrupted attempts to make folders inside ``folder`` left behind."""
+    for prefix in (STAGING_PREFIX, REPLACED_PREFIX):
+        for left in folder.glob(f"{prefix}*"):
+            shutil.rmtree(left)
+
+
 def publish_folder(final: Path) -> None:
     """Let the staged folder take its final name in one rename; an earlier one of that name is removed afterwards.
 

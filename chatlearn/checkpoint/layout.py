@@ -29,6 +29,7 @@ from chatlearn.checkpoint.durable import (
     REPLACED_PREFIX,
     STAGING_PREFIX,
     discard_staging,
+    discard_unfinished,
     failures_named,
     files_below,
     open_staging,
@@ -106,13 +107,14 @@ def publish(root: Path, manifest: Manifest) -> Path:
     final = checkpoint_folder(root, manifest.iteration)
     staging = staging_of(final)
     reported = {record.name: record for record in manifest.files}
-    found = files_below(staging)
-    absent = sorted(set(reported) - set(found))
-    if absent:
-        raise CheckpointError(
-            f"{staging}: {absent[0]}, which a rank wrote, is not visible here; all ranks must share one file system"
-        )
     with failures_named(final):
+        discard_unfinished(staging)  # of an exporter that died: no part of the checkpoint
+        found = files_below(staging)
+        absent = sorted(set(reported) - set(found))
+        if absent:
+            raise CheckpointError(
+                f"{staging}: {absent[0]}, which a rank wrote, is not visible here; all ranks must share one file system"
+            )
         files = tuple(_measured(staging, name, reported) for name in found)
         write_manifest(staging, replace(manifest, files=files))
         publish_folder(final)

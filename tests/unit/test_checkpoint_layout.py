@@ -144,6 +144,17 @@ def test_what_a_killed_save_left_goes_and_nothing_else(tmp_path: Path) -> None:
     assert list_complete(root) == (final, root / "8")
 
 
+def test_what_a_killed_exporter_left_is_no_part_of_the_checkpoint(tmp_path: Path) -> None:
+    staging = begin(tmp_path, 1)
+    for prefix in (STAGING_PREFIX, REPLACED_PREFIX):
+        (staging / f"{prefix}huggingface").mkdir()
+        (staging / f"{prefix}huggingface" / "model.safetensors").write_text("half of it")
+    (staging / "model").write_text("weights")
+    final = publish(tmp_path, manifest_of(1))
+    assert [record.name for record in verify_sizes(final).files] == ["model"]
+    assert sorted(path.name for path in final.iterdir()) == ["checkpoint.json", "model"]
+
+
 def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "5").mkdir()
     (tmp_path / "5" / "notes.txt").write_text("mine")
