@@ -39,7 +39,7 @@ from chatlearn.checkpoint.durable import failures_named, sync
 from chatlearn.checkpoint.guarded_reader import METADATA_NAME, GuardedPlanner, GuardedReader, load_plain
 from chatlearn.checkpoint.layout import MODEL_FOLDER, OPTIMIZER_FOLDER, RANDOM_FOLDER
 from chatlearn.checkpoint.manifest import FileRecord, Manifest, record_file, verify_checksums, verify_sizes
-from chatlearn.errors import CheckpointError, DamagedCheckpointError
+from chatlearn.errors import CheckpointError, DamagedCheckpointError, UnreadableError
 
 # torch's name for the moments in an optimizer's state dict; what lies beside it are the hyperparameters.
 STATE = "state"
@@ -105,8 +105,9 @@ def load_shards(
     """Load a published checkpoint into ``module`` and ``optimizer``, after checking every byte of its shards.
 
     ``adapter`` describes what is trained where it is not the whole module. Collective. Raises on every rank, before
-    anything was changed: ``DamagedCheckpointError`` when the folder is incomplete or damaged, any other
-    ``CheckpointError`` when its adapter is another one or on another base, or when its tensors do not fit the module.
+    anything was changed: ``DamagedCheckpointError`` when the folder is incomplete or damaged, ``UnreadableError`` when
+    it cannot be read now, any other ``CheckpointError`` when its adapter is another one or on another base, or when its
+    tensors do not fit the module.
     """
     weights = get_model_state_dict(module, options=TRAINED)
     manifest = _verify_together(directory)
@@ -196,10 +197,13 @@ def _verify_together(directory: Path) -> Manifest:
     rank, num_ranks = _place()
     unseen = f"{directory}: rank {rank} cannot see this folder; all ranks must share one file system"
     _raise_together(None if directory.is_dir() else CheckpointError(unseen))  # no damage: others may see it
-    manifest, fault = None, None
+    manifest: Manifest | None = None
+    fault: CheckpointError | None = None
     try:
         manifest = verify_sizes(directory)
-        verify_checksums(directory, manifest.files[rank::num_ranks])
+        verify_checksums(directory, manifest.needed[rank::num_ranks])
+    except UnreadableError as error:
+        fault = error
     except CheckpointError as error:
         fault = DamagedCheckpointError(directory, str(error))
     _raise_together(fault)

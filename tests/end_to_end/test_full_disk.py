@@ -14,7 +14,8 @@ from runs import ROOT, RUN_TIMEOUT_S, Launcher, metrics
 
 from chatlearn.budget import num_parameters
 from chatlearn.checkpoint.durable import STAGING_PREFIX
-from chatlearn.checkpoint.layout import HUGGING_FACE_FOLDER, list_complete
+from chatlearn.checkpoint.layout import list_complete
+from chatlearn.checkpoint.manifest import HUGGING_FACE_FOLDER
 
 NUM_EPISODES = 4
 TWO_FIT = "size=8m"  # Two checkpoints of the tiny model do, the second without its Hugging Face directory.

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -24,8 +26,12 @@ from chatlearn.checkpoint.layout import begin, list_complete, publish
 from chatlearn.checkpoint.manifest import Manifest
 from chatlearn.checkpoint.run_state import save_config, save_run_state
 from chatlearn.checkpoint.sharded import save_random_states, shard_state
+from chatlearn.cluster.archive import Draft
 from chatlearn.errors import CheckpointError
+from chatlearn.observability.journal import Journal
 from chatlearn.records import Completion, OpenGroup, Prompt, Sample, VersionRun
+from chatlearn.saving import save
+from chatlearn.team import Team
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -118,3 +124,79 @@ def test_the_driver_and_a_capsule_name_the_folder_wherever_the_disk_is_full(
     with room(PLENTY):
         assert write(tmp_path / "again").is_dir()
     assert not staging_of(tmp_path / "again" / "3").exists()
+
+
+class Driver:
+    """What ``save`` sees of a run, its archive and its journal too: it keeps what they are told."""
+
+    metrics_bytes = 0
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "save_model"
+        self.drafts: list[Draft] = []
+        self.mourned: list[str] = []
+        self.said: list[str] = []
+        folders = SimpleNamespace(save_model=self.root, data_checkpoint=folder / "data_checkpoint")
+        base = Path(__file__).resolve().parents[2] / "embedded" / "tiny_qwen3"
+        team = SimpleNamespace(
+            layout=SimpleNamespace(
+                folders=folders, trainer=SimpleNamespace(load=str(base), groupgemm=False, num_ranks=1)
+            ),
+            args=SimpleNamespace(keep_checkpoints=1, keep_best=None),
+            archive=self,
+            lora=None,
+            provenance=None,
+            checkpoint_bytes=1,
+            config_text="runtime_args: {}\n",
+            saves_hugging_face=False,
+        )
+        self.team = cast("Team", cast("Any", team))
+
+    def save(self, iteration: int) -> None:
+        """Up to the moment in which the ranks would write."""
+        state = replace(FRESH, episode=iteration, train_iteration=iteration)
+        save(self.team, state, cast("Journal", cast("Any", self)))
+
+    def settle(self) -> None: ...
+
+    def begin(self, draft: Draft) -> None:
+        self.drafts.append(draft)
+
+    def mourn(self, _iteration: int, error: CheckpointError) -> None:
+        self.mourned.append(str(error))
+
+    def phase(self, _name: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def write(self, _episode: int, _numbers: dict[str, float]) -> None: ...
+
+
+def test_a_checkpoint_that_is_published_is_saved_whatever_the_disk_says_then(tmp_path: Path) -> None:
+    """Neither the file for people nor the copy of the counters fits: both are said, and room is made all the same."""
+    driver = Driver(tmp_path)
+    for iteration in (1, 2):
+        driver.save(iteration)
+        (draft,) = driver.drafts
+        driver.drafts.clear()
+        if iteration == 2:
+            (driver.root / ".latest.writing").mkdir()
+            (tmp_path / "data_checkpoint" / "run_state.json").unlink()
+            (tmp_path / "data_checkpoint").rmdir()
+            (tmp_path / "data_checkpoint").write_text("a file in its place")
+        draft.complete(())
+    assert driver.mourned == []
+    assert [line.split("; but")[0] for line in driver.said] == ["checkpoint 2 is complete"] * 2
+    assert [folder.name for folder in list_complete(driver.root)] == ["2"]
+    assert (driver.root / "latest").read_text() == "1\n", "it is of use to people only"
+
+
+def test_what_the_driver_could_not_write_leaves_nothing(tmp_path: Path) -> None:
+    driver = Driver(tmp_path)
+    with room(100):
+        driver.save(1)
+    assert driver.drafts == []
+    assert THE_DISKS_WORDS in driver.mourned[0]
+    assert list(driver.root.iterdir()) == []
