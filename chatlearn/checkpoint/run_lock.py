@@ -146,7 +146,7 @@ def _opened(path: Path, flags: int) -> Generator[int]:
 
 
 def _is_lockable(path: Path, descriptor: int, kind: int, say: Callable[[str], None]) -> bool:
-    """Take the lock of this kind; False, and said, where the file system knows none. Raises ``ConfigError`` where it is taken."""
+    """Take the lock, of this kind; False, and said, where there are none. Raises ``ConfigError`` where it is taken."""
     give_up = time.monotonic() + PATIENCE_S
     while True:
         try:

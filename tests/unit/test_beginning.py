@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from chatlearn.beginning import FRESH, beginning, open_journal, state_found
+from chatlearn.checkpoint.durable import write_text
 from chatlearn.checkpoint.layout import begin, prune, publish, set_aside
 from chatlearn.checkpoint.manifest import Manifest
 from chatlearn.checkpoint.run_state import RunState, save_config, save_run_state
@@ -57,12 +57,14 @@ class Runs:
         config = read_config(ROOT / "template" / "quickstart.yaml", self.words(*overrides))
         return config, layout_of(config, Environment.read())
 
-    def save(self, iteration: int, *overrides: str, state: RunState = FRESH) -> Path:
-        """What a run with these overrides leaves after as many steps."""
+    def save(self, iteration: int, *overrides: str, state: RunState = FRESH, file: str | None = None) -> Path:
+        """What a run with these overrides leaves after as many steps; ``file`` names one more, in a folder."""
         config, layout = self.config(*overrides)
         staging = begin(self.root, iteration)
         save_run_state(staging, replace(state, episode=iteration, train_iteration=iteration))
         save_config(staging, resolved_text(config))
+        if file is not None:
+            write_text(staging / file, "weights")
         provenance = provenance_of(config, layout)
         return publish(
             self.root, Manifest(iteration, iteration, "base", "A", groupgemm=False, num_ranks=2, provenance=provenance)
@@ -123,14 +125,7 @@ def test_a_damaged_one_is_put_aside_and_said_and_a_dry_run_only_says_it(
 def test_a_model_for_others_that_was_moved_away_is_said_and_the_checkpoint_is_as_good(
     runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, layout = runs.config()
-    staging = begin(runs.root, 4)
-    save_run_state(staging, replace(FRESH, episode=4, train_iteration=4))
-    save_config(staging, resolved_text(config))
-    (staging / "huggingface").mkdir()
-    (staging / "huggingface" / "config.json").write_text("{}")
-    manifest = Manifest(4, 4, "b", "A", groupgemm=False, num_ranks=2, provenance=provenance_of(config, layout))
-    folder = publish(runs.root, manifest)
+    folder = runs.save(4, file="huggingface/config.json")
     assert runs.begin().episode == 4
     assert capsys.readouterr().err == ""
     (folder / "huggingface").rename(runs.folder / "served")
@@ -274,7 +269,13 @@ def test_a_crash_in_the_middle_of_going_back_leaves_the_newest_one_to_go_on_from
     """Older ones are put aside first: without the key the run goes on from its end, with it it goes back."""
     for iteration in (2, 4, 6, 8):
         runs.save(iteration)
-    monkeypatch.setattr("chatlearn.beginning.set_aside", crash_after_one())
+
+    def crash_at_the_last(folder: Path, ending: str) -> Path:
+        if folder.name == "8":
+            raise KeyboardInterrupt
+        return set_aside(folder, ending)
+
+    monkeypatch.setattr("chatlearn.beginning.set_aside", crash_at_the_last)
     with pytest.raises(KeyboardInterrupt):
         runs.start(BACK)
     monkeypatch.undo()
@@ -282,19 +283,6 @@ def test_a_crash_in_the_middle_of_going_back_leaves_the_newest_one_to_go_on_from
     assert runs.begin().episode == 8
     assert runs.start(BACK).episode == 4
     assert runs.present() == ["2", "4", "6.abandoned", "8.abandoned"]
-
-
-def crash_after_one() -> Callable[[Path, str], Path]:
-    """As ``set_aside``, once."""
-    done: list[Path] = []
-
-    def set_one_aside(folder: Path, ending: str) -> Path:
-        if done:
-            raise KeyboardInterrupt
-        done.append(set_aside(folder, ending))
-        return done[-1]
-
-    return set_one_aside
 
 
 def test_one_that_was_given_up_and_gets_its_number_back_is_a_checkpoint_again(runs: Runs) -> None:
@@ -356,14 +344,7 @@ def test_an_iteration_that_is_not_there_is_refused_with_those_that_are(runs: Run
 
 
 def test_a_run_does_not_give_up_newer_checkpoints_for_a_damaged_one(runs: Runs) -> None:
-    config, layout = runs.config()
-    staging = begin(runs.root, 4)
-    save_run_state(staging, replace(FRESH, episode=4, train_iteration=4))
-    (staging / "model").mkdir()
-    (staging / "model" / "shard").write_text("weights")
-    folder = publish(
-        runs.root, Manifest(4, 4, "b", "A", groupgemm=False, num_ranks=2, provenance=provenance_of(config, layout))
-    )
+    folder = runs.save(4, file="model/shard")
     runs.save(6)
     (folder / "model" / "shard").write_text("weighty")
     with pytest.raises(CheckpointError, match="model/shard has checksum"):
