@@ -25,4 +25,4 @@ step "import contracts" "$BIN/lint-imports" --no-cache
 step "types" "$BIN/basedpyright"
 step "docs/config.md follows the schema" "$BIN/python" -m chatlearn.config.describe --check docs/config.md
 step "tests" timeout --signal=INT --kill-after=30 "$SUITE_LIMIT_S" \
-    "$BIN/python" -m pytest -m "not gpu" -n 2 --dist loadfile --timeout "$TEST_LIMIT_S" "$@"
+    "$BIN/python" -m pytest -m "not gpu and not long" -n 2 --dist loadfile --timeout "$TEST_LIMIT_S" "$@"

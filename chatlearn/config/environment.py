@@ -150,9 +150,11 @@ def _has_wandb_account() -> bool:
 def prepare_local_ray() -> None:
     """Set what a Ray that this process starts must know: a token that only its own processes have, and silence.
 
-    Ray asks for a token by default (2.59 and later) and would write one into the home directory if it found none.
+    Ray asks for a token by default (2.59 and later) and would write one into the home directory if it found none. It
+    would also start a process for every core in advance; ours have variables of their own, and are none of those.
     """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     keep_to_ourselves()
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ RUN_TIMEOUT_S = 400.0
 
 @dataclass(frozen=True)
 class Launcher:
-    """Starts ``chatlearn grpo`` on the quickstart's template."""
+    """Starts ``chatlearn grpo`` on the quickstart's template, with some variables in its environment."""
 
     data: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, output: Path, *overrides: str) -> list[str]:
         """The command line of a small run."""
@@ -45,7 +47,7 @@ class Launcher:
         return subprocess.Popen(
             self.command(output, *overrides),
             cwd=ROOT,
-            env=os.environ | environment,
+            env={**os.environ, **self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -59,22 +61,32 @@ class Launcher:
 
 
 class RayHead:
-    """A Ray cluster of somebody else's, on this machine; ended by its process and nothing else."""
+    """A Ray cluster of somebody else's, on this machine; ended by its process and nothing else.
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    ``invitation`` are the variables with which a run joins it. It has more CPUs than the machine, since what is tried
+    on it mostly waits.
+    """
+
+    def __init__(self, folder: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.address = f"127.0.0.1:{port}"
+        self._address = f"127.0.0.1:{port}"
+        token = {"RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_AUTH_MODE": "token"}
+        self.invitation = {"RAY_ADDRESS": self._address, **token}
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=8"]
         command += ["--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=false"]
         self._log = (folder / "ray_head.log").open("w")
         self._process = subprocess.Popen(
-            command, env=os.environ | environment, stdout=self._log, stderr=self._log, start_new_session=True
+            command,
+            env={**os.environ, **token, "RAY_prestart_worker_first_driver": "0"},
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
         )
 
     def __enter__(self) -> RayHead:
-        host, port = self.address.split(":")
+        host, port = self._address.split(":")
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             with socket.socket() as probe:

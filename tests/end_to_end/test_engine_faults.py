@@ -17,6 +17,7 @@ QUIET = (
     "runtime_args.enable_eval_before_training=False",
     "runtime_args.eval_episode_interval=0",
     "runtime_args.save_episode_interval=0",
+    "models.policy_trainer.num_gpu=1",
 )
 # The simple engine starts in half the time of vLLM, and what is tested here lies around the engine.
 SIMPLE = ("runtime_args.rollout_backend=mad:MadEngine", "models.policy.num_gpu=2", "runtime_args.engine_timeout_s=8")

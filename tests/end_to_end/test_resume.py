@@ -21,15 +21,16 @@ SMALL = (
     "runtime_args.save_episode_interval=1",
     "runtime_args.keep_checkpoints=0",
     f"runtime_args.keep_best={MEASURE}",
+    "models.policy_trainer.save_hf=False",
     "models.reward.num_cpu=1",
 )
 
 
 @pytest.mark.timeout(LONGEST_TEST_S)
-def test_damage_another_number_of_ranks_and_going_back(launcher: Launcher, tmp_path: Path) -> None:
+def test_damage_another_number_of_ranks_and_going_back(guests: Launcher, tmp_path: Path) -> None:
     """Three processes one after the other: the metrics and checkpoints they leave belong to one run."""
     root = tmp_path / "save_model" / "policy_trainer"
-    first = launcher.run(tmp_path, *SMALL, "runtime_args.num_episode=3")
+    first = guests.run(tmp_path, *SMALL, "runtime_args.num_episode=3")
     assert first.returncode == 0, first.stderr
     measured = {episode: metrics(tmp_path)[episode][MEASURE] for episode in (1, 2, 3)}
     assert {episode: saved_state(root, episode)["evaluation"][MEASURE] for episode in (1, 2, 3)} == measured
@@ -41,7 +42,7 @@ def test_damage_another_number_of_ranks_and_going_back(launcher: Launcher, tmp_p
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     others = ("models.policy_trainer.num_gpu=1", "models.policy_trainer.optimizer.lr=0.0001")
-    second = launcher.run(tmp_path, *SMALL, *others, "runtime_args.num_episode=4")
+    second = guests.run(tmp_path, *SMALL, *others, "runtime_args.num_episode=4")
     assert second.returncode == 0, second.stderr
     assert "is put aside as" in second.stderr
     assert "optimizer/__1_0.distcp has checksum" in second.stderr
@@ -55,7 +56,7 @@ def test_damage_another_number_of_ranks_and_going_back(launcher: Launcher, tmp_p
     assert len(set.union(*asked)) == sum(map(len, asked)), "a prompt was asked twice: the data began anew"
 
     back = (*SMALL, "runtime_args.load_data_checkpoint_iteration=1", "runtime_args.num_episode=2")
-    third = launcher.run(tmp_path, *back)
+    third = guests.run(tmp_path, *back)
     assert third.returncode == 0, third.stderr
     assert "going back to checkpoint 1; newer ones are put aside when the run starts: 2, 3, 4" in third.stderr
     assert folders(root) == ["1", "2", "2.abandoned", "3.abandoned", "3.damaged", "4.abandoned"]
@@ -63,7 +64,7 @@ def test_damage_another_number_of_ranks_and_going_back(launcher: Launcher, tmp_p
     assert sorted(metrics(tmp_path)) == [1, 2]
     assert prompts(tmp_path, 2) == asked[1]
     assert (tmp_path / "run.lock").read_text() == ""
-    again = launcher.run(tmp_path, *back)
+    again = guests.run(tmp_path, *back)
     assert again.returncode == 0, again.stderr
     assert "has gone back to checkpoint 1 before" in again.stderr
     assert "finished at 2" in again.stderr

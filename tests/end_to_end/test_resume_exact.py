@@ -1,9 +1,9 @@
 """A run that is killed goes on to the bit as if nobody had: cut after every episode, whatever the engine and the model.
 
 Weights, optimizer, random states, answers, rewards, advantages and every number but those of the machine are compared
-with a run that nobody disturbed. Between the cuts that run is shared: its first episodes are what a run that was killed
-after them leaves. Processes are really killed by the command itself, ``chatlearn resume-check``, and in
-``test_checkpoint_faults.py``.
+with a run that nobody disturbed, whose first episodes are what a run that was killed after them leaves. Processes are
+really killed by the command itself, ``chatlearn resume-check``, and in ``test_checkpoint_faults.py``. Every kind at
+every cut is long; one of each is not.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from chatlearn.resume_check.comparison import compare_runs
 
 LONGEST_TEST_S = 900  # Three starts, which on a busy machine take their time.
 NUM_EPISODES = 3
-CUTS = (1, 2)
 SMALL = (
     "runtime_args.sample_per_episode=32",
     "runtime_args.train_global_batch_size=16",  # two optimizer steps an episode
     "models.policy_trainer.num_gpu=2",
     "models.policy_trainer.packing=True",
+    "models.policy_trainer.save_hf=False",
     "models.policy_trainer.optimizer.schedule=cosine",
     "models.policy.max_response_tokens_length=32",
     "models.reward.num_cpu=1",
@@ -38,22 +38,21 @@ SAVED = (
     "runtime_args.save_episode_interval=1",
     "runtime_args.keep_checkpoints=0",
 )
-KINDS: dict[str, tuple[str, ...]] = {
-    "dense model, vLLM": (
-        "models.policy.enforce_eager=True",
-        "runtime_args.enable_eval_before_training=False",
-        "runtime_args.eval_episode_interval=0",
-    ),
-    "mixture of experts, two engines, evaluation in between": (
-        "models.policy_trainer.load=embedded/tiny_qwen3_moe",
-        "models.policy_trainer.groupgemm=True",
-        "models.policy_trainer.kl_coef=0.01",
-        "runtime_args.rollout_backend=transformers",
-        "models.policy.num_gpu=2",
-        "runtime_args.enable_eval_before_training=False",
-        "runtime_args.eval_episode_interval=2",
-    ),
-}
+DENSE = (
+    "models.policy.enforce_eager=True",
+    "runtime_args.enable_eval_before_training=False",
+    "runtime_args.eval_episode_interval=0",
+)
+EXPERTS = (
+    "models.policy_trainer.load=embedded/tiny_qwen3_moe",
+    "models.policy_trainer.groupgemm=True",
+    "models.policy_trainer.kl_coef=0.01",
+    "runtime_args.rollout_backend=transformers",
+    "models.policy.num_gpu=2",
+    "runtime_args.enable_eval_before_training=False",
+    "runtime_args.eval_episode_interval=1",
+)
+KINDS = {"dense model, vLLM": DENSE, "mixture of experts, two engines, evaluation in between": EXPERTS}
 
 
 def left_after(run: Path, episode: int, folder: Path) -> Path:
@@ -70,34 +69,49 @@ def left_after(run: Path, episode: int, folder: Path) -> Path:
     return folder
 
 
+def whole_run(guests: Launcher, folder: Path, kind: str) -> Path:
+    """A run of its own for every test that cuts it, so that each can be run alone."""
+    ended = guests.run(folder, *SMALL, *SAVED, *KINDS[kind])
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def require_same_to_the_bit(guests: Launcher, whole: Path, kind: str, cut: int) -> None:
+    """Go on from where ``whole`` would have been killed after the episode ``cut``."""
+    resumed = left_after(whole, cut, whole.with_name(f"cut_after_{cut}"))
+    ended = guests.run(resumed, *SMALL, *SAVED, *KINDS[kind])
+    assert ended.returncode == 0, ended.stderr
+    assert f", after episode {cut}" in ended.stderr, "it began anew, which proves nothing"
+    compared = compare_runs(whole, resumed)
+    assert compared.difference is None, f"cut after episode {cut}: {compared.difference}"
+    assert compared.counts["checkpoints"] == NUM_EPISODES
+    assert compared.counts["rollouts"] == NUM_EPISODES * 32
+    assert min(compared.counts.values()) >= NUM_EPISODES, compared.counts
+
+
+@pytest.mark.timeout(LONGEST_TEST_S)
+def test_a_run_that_was_cut_is_the_same_to_the_bit(guests: Launcher, tmp_path: Path) -> None:
+    kind = "dense model, vLLM"
+    require_same_to_the_bit(guests, whole_run(guests, tmp_path / "whole", kind), kind, cut=1)
+
+
+@pytest.mark.long
 @pytest.mark.timeout(LONGEST_TEST_S)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_was_cut_after_any_episode_is_the_same_to_the_bit(
-    launcher: Launcher, tmp_path: Path, kind: str
+    guests: Launcher, tmp_path: Path, kind: str
 ) -> None:
-    overrides = (*SMALL, *SAVED, *KINDS[kind])
-    whole = tmp_path / "whole"
-    ended = launcher.run(whole, *overrides)
-    assert ended.returncode == 0, ended.stderr
-    for cut in CUTS:
-        resumed = left_after(whole, cut, tmp_path / f"cut_after_{cut}")
-        ended = launcher.run(resumed, *overrides)
-        assert ended.returncode == 0, ended.stderr
-        assert f", after episode {cut}" in ended.stderr, "it began anew, which proves nothing"
-        compared = compare_runs(whole, resumed)
-        assert compared.difference is None, f"cut after episode {cut}: {compared.difference}"
-        assert compared.counts["checkpoints"] == NUM_EPISODES
-        assert compared.counts["rollouts"] == NUM_EPISODES * 32
-        assert min(compared.counts.values()) >= NUM_EPISODES, compared.counts
+    whole = whole_run(guests, tmp_path / "whole", kind)
+    for cut in range(1, NUM_EPISODES):
+        require_same_to_the_bit(guests, whole, kind, cut)
 
 
 @pytest.mark.timeout(LONGEST_TEST_S)
 def test_the_command_proves_it_on_a_configuration_of_ones_own(launcher: Launcher, tmp_path: Path) -> None:
-    """Really killed, and with the keys that the check sets itself in the file; a fault is then planted in a copy."""
-    words = launcher.command(tmp_path, "runtime_args.rollout_backend=transformers", *SMALL)
+    """Really killed, with its Ray, and with keys of the file that the check sets itself; then a fault is planted."""
+    words = [*launcher.command(tmp_path, *SMALL, *EXPERTS), "--episodes", "2", "--cut", "1"]
     words[words.index("grpo")] = "resume-check"
-    quiet = ("runtime_args.enable_eval_before_training=False", "--episodes", "2", "--cut", "1")
-    checked = subprocess.run([*words, *quiet], cwd=ROOT, capture_output=True, text=True, check=False)
+    checked = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr
     told = json.loads(checked.stdout)
     assert told["equal"]

@@ -9,7 +9,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import pytest
 from runs import Launcher, finish, metrics, trained, wait_until
 
 NUM_PROMPTS, NUM_COMPLETIONS = 8, 8
@@ -21,17 +20,12 @@ SMALL = (
     "runtime_args.eval_episode_interval=0",
     "runtime_args.save_episode_interval=100",
     "models.policy_trainer.num_gpu=1",
+    "models.policy_trainer.save_hf=False",
     "models.policy.max_response_tokens_length=48",
     "models.reward.num_cpu=1",
 )
-SCHEDULES: dict[str, tuple[tuple[str, ...], int]] = {
-    "one step off": (("runtime_args.schedule=one_step_off",), 1),
-    "over-sampling": (("runtime_args.over_sampling_ratio=1.5",), 0),
-    "partial rollout": (
-        ("runtime_args.use_partial_rollout=True", "models.partial_rollout_manager.mini_response_per_prompt=4"),
-        1,
-    ),
-}
+EPISODES = (1, 2, 3, 4)
+NUM_EPISODES = f"runtime_args.num_episode={len(EPISODES)}"
 EXACT = ("policy_trainer/loss", "policy_trainer/grad_norm", "rollout/reward_mean", "rollout/staleness_max")
 ASYNC = ("runtime_args.schedule=async", "runtime_args.max_staleness=2", "models.policy.num_gpu=2")
 
@@ -47,55 +41,82 @@ def ages(output: Path, episode: int) -> set[int]:
     return {episode - 1 - run["version"] for line in lines(output, episode) for run in line["policy_versions"]}
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_answers_are_as_old_as_the_schedule_says(launcher: Launcher, tmp_path: Path, name: str) -> None:
-    overrides, oldest = SCHEDULES[name]
-    ended = launcher.run(tmp_path, *SMALL, *overrides, "runtime_args.num_episode=4")
+def require_ages(output: Path, episode: int, expected: set[int]) -> None:
+    """The tokens of an episode are as old as they may be, its numbers say so, and engines worked while it lasted."""
+    assert ages(output, episode) == expected
+    numbers = metrics(output)[episode]
+    assert numbers["rollout/staleness_max"] == max(expected)
+    assert numbers["rollout/engine_busy_s"] > 0 or episode == len(EPISODES), "the last may have nobody left to ask"
+
+
+def require_each_prompt_once(output: Path) -> None:
+    """Every prompt was learned from in one episode, with all its answers."""
+    asked = [line["prompt_uid"] for episode in EPISODES for line in lines(output, episode)]
+    assert len(asked) == len(EPISODES) * NUM_PROMPTS * NUM_COMPLETIONS
+    assert len(set(asked)) == len(EPISODES) * NUM_PROMPTS
+
+
+def test_over_sampling_learns_from_whom_is_first(guests: Launcher, tmp_path: Path) -> None:
+    ended = guests.run(tmp_path, *SMALL, "runtime_args.over_sampling_ratio=1.5", NUM_EPISODES)
     assert ended.returncode == 0, ended.stderr
     assert "engine and trainer agree" in ended.stderr
-    later = [ages(tmp_path, episode) for episode in (2, 3, 4)]
-    assert ages(tmp_path, 1) == {0}
-    assert set.union(*later) == set(range(oldest + 1)) if name != "one step off" else set.union(*later) == {1}
-    for episode in range(1, 5):
-        numbers = metrics(tmp_path)[episode]
-        assert numbers["rollout/staleness_max"] == max(ages(tmp_path, episode))
-        assert numbers["rollout/engine_busy_s"] > 0 or (name, episode) == ("one step off", 4), "it asks no fifth one"
-    if name == "partial rollout":
-        seen = [json.dumps([line["prompt_uid"], line["token_ids"]]) for e in range(1, 5) for line in lines(tmp_path, e)]
-        assert len(seen) == sum(metrics(tmp_path)[e]["partial_rollout_manager/num_train_samples"] for e in range(1, 5))
-        spanning = [line for e in (2, 3, 4) for line in lines(tmp_path, e) if len(line["policy_versions"]) > 1]
-        assert spanning, "no answer went on in a second episode"
-    else:
-        asked = [line["prompt_uid"] for episode in range(1, 5) for line in lines(tmp_path, episode)]
-        assert len(asked) == 4 * NUM_PROMPTS * NUM_COMPLETIONS
-        assert len(set(asked)) == 4 * NUM_PROMPTS
-    if name == "over-sampling":
-        assert metrics(tmp_path)[2]["rollout/stopped_prompts"] == NUM_PROMPTS / 2
+    for episode in EPISODES:
+        require_ages(tmp_path, episode, {0})
+    require_each_prompt_once(tmp_path)
+    assert metrics(tmp_path)[2]["rollout/stopped_prompts"] == NUM_PROMPTS / 2
 
 
-@pytest.mark.parametrize("name", ["one step off", "partial rollout"])
-def test_what_was_open_goes_on_as_if_nothing_had_happened(launcher: Launcher, tmp_path: Path, name: str) -> None:
-    """A checkpoint of the second episode, put where a run that ended there would have left it."""
-    overrides, _ = SCHEDULES[name]
-    wishes = (*SMALL, *overrides, "runtime_args.num_episode=4", "runtime_args.save_episode_interval=2")
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    ended = launcher.run(whole, *wishes)
+def test_one_step_off_answers_are_one_version_old_and_it_goes_on_to_the_bit(guests: Launcher, tmp_path: Path) -> None:
+    whole = went_on_to_the_bit(guests, tmp_path, "runtime_args.schedule=one_step_off")
+    require_ages(whole, 1, {0})
+    for episode in (2, 3, 4):
+        require_ages(whole, episode, {1})
+    require_each_prompt_once(whole)
+
+
+def test_partial_rollout_learns_from_answers_of_two_versions_and_goes_on_to_the_bit(
+    guests: Launcher, tmp_path: Path
+) -> None:
+    whole = went_on_to_the_bit(
+        guests,
+        tmp_path,
+        "runtime_args.use_partial_rollout=True",
+        "models.partial_rollout_manager.mini_response_per_prompt=4",
+    )
+    require_ages(whole, 1, {0})
+    for episode in (2, 3, 4):
+        require_ages(whole, episode, {0, 1})
+    answers = [line for episode in EPISODES for line in lines(whole, episode)]
+    learned = sum(metrics(whole)[episode]["partial_rollout_manager/num_train_samples"] for episode in EPISODES)
+    assert len(answers) == learned
+    assert any(len(line["policy_versions"]) > 1 for line in answers), "no answer went on in a second episode"
+
+
+def went_on_to_the_bit(guests: Launcher, folder: Path, *overrides: str) -> Path:
+    """A whole run, and one that goes on from its second episode's checkpoint as if nothing had happened.
+
+    That checkpoint lies where a run that ended there would have left it. Returns where the whole run is.
+    """
+    wishes = (*SMALL, *overrides, NUM_EPISODES, "runtime_args.save_episode_interval=2")
+    whole, resumed = folder / "whole", folder / "resumed"
+    ended = guests.run(whole, *wishes)
     assert ended.returncode == 0, ended.stderr
     saved = Path("save_model") / "policy_trainer" / "2"
     assert (whole / saved / "open_groups.json").is_file()
     shutil.copytree(whole / saved, resumed / saved)
-    ended = launcher.run(resumed, *wishes)
-    assert ended.returncode == 0, ended.stderr
-    assert "engine and trainer agree" in ended.stderr
+    again = guests.run(resumed, *wishes)
+    assert again.returncode == 0, again.stderr
+    assert all("engine and trainer agree" in one.stderr for one in (ended, again))
     for episode in (3, 4):
         assert lines(resumed, episode) == lines(whole, episode)
         ours, theirs = metrics(resumed)[episode], metrics(whole)[episode]
         assert {key: ours[key] for key in EXACT} == {key: theirs[key] for key in EXACT}
+    return whole
 
 
-def test_a_schedule_runs_is_interrupted_and_goes_on(launcher: Launcher, tmp_path: Path) -> None:
+def test_a_schedule_runs_is_interrupted_and_goes_on(guests: Launcher, tmp_path: Path) -> None:
     """Asynchronous, with two engines; what was under way when it was interrupted is learned from when it goes on."""
-    run = launcher.start(tmp_path, *SMALL, *ASYNC, "runtime_args.num_episode=60")
+    run = guests.start(tmp_path, *SMALL, *ASYNC, "runtime_args.num_episode=60")
     wait_until(trained(tmp_path, episode=4), run, "fourth episode")
     os.kill(run.pid, signal.SIGINT)
     ended = finish(run)
@@ -107,7 +128,7 @@ def test_a_schedule_runs_is_interrupted_and_goes_on(launcher: Launcher, tmp_path
     assert unfinished >= NUM_PROMPTS, "engines were busy with the next episodes"
 
     until = last + 2 + unfinished // NUM_PROMPTS
-    ended = launcher.run(tmp_path, *SMALL, *ASYNC, f"runtime_args.num_episode={until}")
+    ended = guests.run(tmp_path, *SMALL, *ASYNC, f"runtime_args.num_episode={until}")
     assert ended.returncode == 0, ended.stderr
     assert all(max(ages(tmp_path, episode)) <= 2 for episode in range(1, until + 1))
     assert any(max(ages(tmp_path, episode)) > 0 for episode in range(1, until + 1)), "it never ran ahead"

@@ -155,33 +155,29 @@ def test_converted_model_agrees_with_the_trainer(output: Path, tmp_path: Path) -
     assert gaps["bfloat16_vllm"] < 0.2, "rounding alone, see docs/status.md"
 
 
-def test_a_run_joins_a_ray_cluster_and_leaves_it_running(launcher: Launcher, tmp_path: Path) -> None:
+def test_a_run_joins_a_ray_cluster_and_leaves_it_running(guests: Launcher, ray_head: RayHead, tmp_path: Path) -> None:
     """A mixture of experts with reference model, two steps an episode, GSPO, grouped experts, the engine's routes and
     two ranks to a sequence, on a foreign Ray; what its third step consumed can be run again."""
-    token = {"RAY_AUTH_TOKEN": "0" * 64, "RAY_AUTH_MODE": "token"}
-    with RayHead(tmp_path, token) as head:
-        run = launcher.run(
-            tmp_path / "run",
-            "models.policy_trainer.load=embedded/tiny_qwen3_moe",
-            "models.policy_trainer.groupgemm=True",
-            "models.policy_trainer.kl_coef=0.01",
-            "models.policy_trainer.loss=gspo",
-            "models.policy_trainer.ulysses_sequence_parallel_size=2",
-            "models.policy_trainer.router_replay=True",
-            "models.policy_trainer.gradient_checkpointing=selective",
-            "models.policy_trainer.optimizer.schedule=cosine",
-            "models.policy_trainer.optimizer.state_dtype=bfloat16",
-            "runtime_args.capsule_interval=3",
-            "runtime_args.sample_per_episode=64",
-            "runtime_args.train_global_batch_size=32",
-            "runtime_args.num_episode=2",
-            "runtime_args.eval_episode_interval=0",
-            "runtime_args.enable_eval_before_training=False",
-            RAY_ADDRESS=head.address,
-            **token,
-        )
-        assert run.returncode == 0, run.stderr
-        assert head.is_running()
+    run = guests.run(
+        tmp_path / "run",
+        "models.policy_trainer.load=embedded/tiny_qwen3_moe",
+        "models.policy_trainer.groupgemm=True",
+        "models.policy_trainer.kl_coef=0.01",
+        "models.policy_trainer.loss=gspo",
+        "models.policy_trainer.ulysses_sequence_parallel_size=2",
+        "models.policy_trainer.router_replay=True",
+        "models.policy_trainer.gradient_checkpointing=selective",
+        "models.policy_trainer.optimizer.schedule=cosine",
+        "models.policy_trainer.optimizer.state_dtype=bfloat16",
+        "runtime_args.capsule_interval=3",
+        "runtime_args.sample_per_episode=64",
+        "runtime_args.train_global_batch_size=32",
+        "runtime_args.num_episode=2",
+        "runtime_args.eval_episode_interval=0",
+        "runtime_args.enable_eval_before_training=False",
+    )
+    assert run.returncode == 0, run.stderr
+    assert ray_head.is_running()
     for episode in (1, 2):
         numbers = metrics(tmp_path / "run")[episode]
         assert numbers["numerics/rollout_logprob_diff_mean"] < TOLERANCE
