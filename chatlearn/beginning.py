@@ -11,7 +11,8 @@ from rich.console import Console
 
 from chatlearn.checkpoint.adapters import AdapterRecord, require_same_adapter
 from chatlearn.checkpoint.durable import write_text
-from chatlearn.checkpoint.layout import ABANDONED, DAMAGED, called, checkpoint_folder, list_complete, recover, set_aside
+from chatlearn.checkpoint.layout import ABANDONED, DAMAGED, called, checkpoint_folder, recover, set_aside
+from chatlearn.checkpoint.manifest import missed_by_others
 from chatlearn.checkpoint.run_state import CONFIG_NAME, RunState
 from chatlearn.checkpoint.selection import Choice, Saved, choose, newer_than, read_chosen, strangers
 from chatlearn.config.layout import Layout
@@ -72,6 +73,11 @@ def _state_in(config: GrpoConfig, layout: Layout, choice: Choice) -> RunState:
             "earlier run, and runtime_args.enable_resume_training=False; choose another output_dir, "
             "or let the run continue"
         )
+    missed = missed_by_others(saved.folder, saved.manifest)
+    if missed is not None:
+        announce(
+            f"{saved.folder / missed} is not there as it was saved; a run needs it not, chatlearn convert makes it"
+        )
     state = _continued(config, layout, saved)
     manifest, base = saved.manifest, Path(layout.trainer.load)
     require_same_adapter(saved.folder, manifest.adapter, AdapterRecord.of(lora_spec(config), base), manifest.base_model)
@@ -126,12 +132,9 @@ def _require_none_lost(root: Path, choice: Choice) -> None:
     lost = [path.name for path in (*called(root, DAMAGED), *unmoved)]
     if not lost:
         return
-    newer = [folder.name for folder in list_complete(root)]
-    others = f"; newer than its file 'latest' says, and complete: {', '.join(newer)}" if newer else ""
     raise CheckpointError(
-        f"{root}: no complete checkpoint is left to go on from; damaged: {', '.join(lost)}{others}. Put back a copy of "
-        "one under its number, choose one with runtime_args.load_data_checkpoint_iteration, or move these folders away "
-        "to begin anew"
+        f"{root}: no complete checkpoint is left to go on from; damaged: {', '.join(lost)}. Put back a copy of one "
+        "under its number, or move these folders away to begin anew"
     )
 
 

@@ -74,6 +74,10 @@ class CheckpointError(RunError):
     """A checkpoint is missing, incomplete or damaged; the message names the folder and what is wrong with it."""
 
 
+class UnreadableError(CheckpointError):
+    """The system cannot read what lies there now, which says nothing about what was saved: it is no damage."""
+
+
 class DamagedCheckpointError(CheckpointError):
     """What lies in ``folder`` is not what was saved there; an earlier checkpoint may do."""
 

@@ -13,7 +13,9 @@ from chatlearn.checkpoint.durable import failures_named
 from chatlearn.checkpoint.layout import (
     begin,
     checkpoint_folder,
+    discard,
     latest_complete,
+    point_latest,
     prune,
     publish,
 )
@@ -53,6 +55,7 @@ def save(team: Team, state: RunState, journal: Journal) -> None:
             save_run_state(staging, state)
             save_config(staging, team.config_text)
         except CheckpointError as error:
+            discard(root, state.train_iteration)
             team.archive.mourn(state.train_iteration, error)
         else:
             team.archive.begin(_draft(team, state, journal, staging))
@@ -76,12 +79,16 @@ def _draft(team: Team, state: RunState, journal: Journal, staging: Path) -> Draf
 
     def complete(files: Sequence[FileRecord]) -> None:
         publish(root, replace(manifest, files=tuple(files)))
-        try:
-            save_counters(team.layout.folders.data_checkpoint, state)
-            with failures_named(root):
-                prune(root, team.args.keep_checkpoints, team.args.keep_best)
-        except CheckpointError as error:  # What was to be saved is saved.
-            journal.say(f"checkpoint {state.train_iteration} is complete; but {error}")
+        for deed in (  # One that fails is told of and keeps nobody from the next: to prune is what makes room.
+            lambda: point_latest(root, state.train_iteration),
+            lambda: prune(root, team.args.keep_checkpoints, team.args.keep_best),
+            lambda: save_counters(team.layout.folders.data_checkpoint, state),
+        ):
+            try:
+                with failures_named(root):
+                    deed()
+            except CheckpointError as error:
+                journal.say(f"checkpoint {state.train_iteration} is complete; but {error}")
 
     export = Export(base, adapter) if team.saves_hugging_face else None
     return Draft(state.train_iteration, staging, export, complete)

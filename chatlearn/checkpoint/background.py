@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from chatlearn.checkpoint.documents import read_document, text
-from chatlearn.checkpoint.durable import write_text
+from chatlearn.checkpoint.durable import failures_named, write_text
 from chatlearn.checkpoint.manifest import FileRecord, read_files
 from chatlearn.checkpoint.sharded import ShardState, write_shards
 from chatlearn.errors import CheckpointError
@@ -98,10 +98,8 @@ class BackgroundSaver:
 
 
 def _write_report(staging: Path, rank: int, report: dict[str, object]) -> None:
-    try:
+    with failures_named(staging):
         write_text(_report(staging, rank), json.dumps(report) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"{staging}: cannot be written: {error}") from error
 
 
 def _report(staging: Path, rank: int) -> Path:
@@ -114,13 +112,14 @@ def take_reports(staging: Path, num_ranks: int) -> tuple[FileRecord, ...] | None
     Raises ``CheckpointError`` with the first rank's words when one of them could not write.
     """
     paths = [_report(staging, rank) for rank in range(num_ranks)]
-    if not all(path.exists() for path in paths):
-        return None
-    files: list[FileRecord] = []
-    for path in paths:
-        document = read_document(path)
-        if "fault" in document:
-            raise CheckpointError(text(document, "fault", path))
-        files.extend(read_files(document, path))
-    shutil.rmtree(staging / REPORTS_FOLDER)
+    with failures_named(staging):
+        if not all(path.exists() for path in paths):
+            return None
+        files: list[FileRecord] = []
+        for path in paths:
+            document = read_document(path)
+            if "fault" in document:
+                raise CheckpointError(text(document, "fault", path))
+            files.extend(read_files(document, path))
+        shutil.rmtree(staging / REPORTS_FOLDER)
     return tuple(files)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, TypeVar, cast
 
+from chatlearn.checkpoint.durable import ABSENT, refusals_named
 from chatlearn.errors import CheckpointError
 
 Document = Mapping[str, object]
@@ -17,12 +18,13 @@ CHECKSUM: Final = "checksum"  # the key of a document's own checksum
 
 
 def read_document(path: Path) -> Document:
-    """The JSON object in ``path``; raises ``CheckpointError`` where there is none."""
+    """The JSON object in ``path``; raises ``CheckpointError`` where there is none, as ``UnreadableError`` for now."""
     try:
-        value: object = json.loads(path.read_text(encoding="utf-8"))
+        with refusals_named(path):
+            value: object = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: {path.name} is missing; the folder is incomplete") from None
-    except (OSError, ValueError) as error:
+    except (*ABSENT, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); the file is damaged") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds {type(value).__name__} instead of a JSON object; the file is damaged")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import CheckpointError, UnreadableError
 from chatlearn.observability.whole_file import replacing
 
 # No other program makes folders with these names, so whatever has one is ours to delete.
@@ -28,6 +28,26 @@ def failures_named(folder: Path) -> Generator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+
+
+# What the system says where nothing lies, or something else than was asked for.
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+@contextmanager
+def refusals_named(path: Path) -> Generator[None]:
+    """Turn what the system cannot read inside (too many open files, no permission, a failing disk) into one error.
+
+    What is absent is left to the caller: that is damage, and this is not.
+    """
+    try:
+        yield
+    except ABSENT:
+        raise
+    except OSError as error:
+        raise UnreadableError(
+            f"{path}: cannot be read now: {error}; that is no damage, and nothing was changed. Start again when it can"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -84,6 +104,13 @@ def discard_staging(final: Path) -> None:
     staging = staging_of(final)
     if staging.exists():
         shutil.rmtree(staging)
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Remove what interrupted attempts to make folders inside ``folder`` left behind."""
+    for prefix in (STAGING_PREFIX, REPLACED_PREFIX):
+        for left in folder.glob(f"{prefix}*"):
+            shutil.rmtree(left)
 
 
 def publish_folder(final: Path) -> None:

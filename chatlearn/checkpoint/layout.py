@@ -14,12 +14,14 @@
     205.abandoned/             newer than the checkpoint that somebody sent the run back to
 
 Saving is ``begin`` on the driver, ``save_shards`` on every rank, ``publish`` on the driver: the folder gets its name
-in one rename, and ``latest`` follows.
+in one rename. ``point_latest`` follows, for people and other tools: a run goes on from the newest folder, whatever that
+file says.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from itertools import count
 from math import isfinite, nan
@@ -29,6 +31,7 @@ from chatlearn.checkpoint.durable import (
     REPLACED_PREFIX,
     STAGING_PREFIX,
     discard_staging,
+    discard_unfinished,
     failures_named,
     files_below,
     open_staging,
@@ -50,12 +53,11 @@ from chatlearn.checkpoint.manifest import (
     write_manifest,
 )
 from chatlearn.checkpoint.run_state import RUN_STATE_NAME, load_run_state
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import CheckpointError, UnreadableError
 
 MODEL_FOLDER = "model"
 OPTIMIZER_FOLDER = "optimizer"
 RANDOM_FOLDER = "random"
-HUGGING_FACE_FOLDER = "huggingface"
 MOST_DIGITS = 18  # of an iteration; more are garbage, and Python refuses to read very many as a number
 LATEST_NAME = "latest"
 BEST_NAME = "best"
@@ -99,25 +101,36 @@ def _require_checkpoint(final: Path) -> None:
 
 
 def publish(root: Path, manifest: Manifest) -> Path:
-    """Complete the staged checkpoint of ``manifest.iteration``, give it its name, and point ``latest`` at it.
+    """Complete the staged checkpoint of ``manifest.iteration``, and give it its name.
 
     ``manifest.files`` holds what the ranks reported; every other file in the folder is measured here.
     """
     final = checkpoint_folder(root, manifest.iteration)
     staging = staging_of(final)
     reported = {record.name: record for record in manifest.files}
-    found = files_below(staging)
-    absent = sorted(set(reported) - set(found))
-    if absent:
-        raise CheckpointError(
-            f"{staging}: {absent[0]}, which a rank wrote, is not visible here; all ranks must share one file system"
-        )
     with failures_named(final):
+        discard_unfinished(staging)  # of an exporter that died: no part of the checkpoint
+        found = files_below(staging)
+        absent = sorted(set(reported) - set(found))
+        if absent:
+            raise CheckpointError(
+                f"{staging}: {absent[0]}, which a rank wrote, is not visible here; all ranks must share one file system"
+            )
         files = tuple(_measured(staging, name, reported) for name in found)
         write_manifest(staging, replace(manifest, files=files))
         publish_folder(final)
-        write_text(root / LATEST_NAME, f"{manifest.iteration}\n")
     return final
+
+
+def point_latest(root: Path, iteration: int) -> None:
+    """Let the file ``latest`` name the checkpoint that was published last."""
+    with failures_named(root):
+        write_text(root / LATEST_NAME, f"{iteration}\n")
+
+
+def discard(root: Path, iteration: int) -> None:
+    """Remove as much as can be removed of a checkpoint that was begun and is given up; the next one clears the rest."""
+    shutil.rmtree(staging_of(checkpoint_folder(root, iteration)), ignore_errors=True)
 
 
 def _measured(staging: Path, name: str, reported: dict[str, FileRecord]) -> FileRecord:
@@ -131,7 +144,7 @@ def _measured(staging: Path, name: str, reported: dict[str, FileRecord]) -> File
 
 
 def list_complete(root: Path) -> tuple[Path, ...]:
-    """The complete checkpoints below ``root`` by rising iteration (manifest readable, every file in full length)."""
+    """The complete checkpoints below ``root`` by rising iteration (manifest readable, needed files in full length)."""
     return tuple(folder for folder in numbered(root) if _is_complete(folder))
 
 
@@ -156,24 +169,8 @@ def _is_complete(folder: Path) -> bool:
 
 
 def latest_complete(root: Path) -> Path | None:
-    """The checkpoint to resume from: the one ``latest`` names, or the newest complete one before it.
-
-    Newer folders than ``latest`` names belong to an earlier life of the run, which went back from there.
-    """
-    complete = list_complete(root)
-    eligible = [folder for folder in complete if int(folder.name) <= pointed_at(root)]
-    if eligible:
-        return eligible[-1]
-    return complete[-1] if complete else None
-
-
-def pointed_at(root: Path) -> float:
-    """The iteration in ``latest``; infinity where the file is absent or unreadable, so that the newest counts."""
-    path = root / LATEST_NAME
-    if not path.is_file():
-        return float("inf")
-    content = path.read_text(encoding="utf-8", errors="replace").strip()
-    return int(content) if _is_iteration(content) else float("inf")
+    """The checkpoint to resume from: the newest complete one."""
+    return next(reversed(list_complete(root)), None)
 
 
 def best_complete(root: Path, measure: str) -> Path | None:
@@ -207,8 +204,7 @@ def _point_at(root: Path, best: Path | None) -> None:
 def prune(root: Path, keep: int, measure: str | None = None) -> tuple[Path, ...]:
     """Delete all complete checkpoints but the newest ``keep`` (0 keeps all); returns the folders deleted.
 
-    With a ``measure`` the best one by it stays too, and the file ``best`` names it. Those of an earlier life, which
-    somebody sent the run back from, count as the oldest.
+    With a ``measure`` the best one by it stays too, and the file ``best`` names it. Abandoned ones count as the oldest.
 
     Only files that a checkpoint's own manifest lists are deleted; a folder with anything else in it stays, without
     being a checkpoint. The one that a resume would take is never deleted.
@@ -217,10 +213,8 @@ def prune(root: Path, keep: int, measure: str | None = None) -> tuple[Path, ...]
     _point_at(root, best)
     if keep == 0:
         return ()
-    pointer = pointed_at(root)
-    complete = sorted(list_complete(root), key=lambda folder: (int(folder.name) <= pointer, int(folder.name)))
     abandoned = [folder for folder in called(root, ABANDONED) if _has_list(folder)]
-    doomed = tuple(folder for folder in [*abandoned, *complete][:-keep] if folder != best)
+    doomed = tuple(folder for folder in [*abandoned, *list_complete(root)][:-keep] if folder != best)
     for folder in doomed:
         if folder.is_symlink():  # Somebody has put it elsewhere, where nothing is ours to delete.
             continue
@@ -299,5 +293,7 @@ def _finish_deletion(folder: Path) -> None:
     """Where the list of what to delete is damaged too, the folder is left to people."""
     try:
         _delete_listed(folder)
+    except UnreadableError:
+        raise
     except CheckpointError:
         set_aside(folder, DAMAGED)

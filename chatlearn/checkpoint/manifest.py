@@ -25,10 +25,11 @@ from chatlearn.checkpoint.documents import (
     require_schema,
     text,
 )
-from chatlearn.checkpoint.durable import checksum, write_text
+from chatlearn.checkpoint.durable import ABSENT, checksum, refusals_named, write_text
 from chatlearn.errors import CheckpointError
 
 MANIFEST_NAME = "checkpoint.json"
+HUGGING_FACE_FOLDER = "huggingface"
 SCHEMA_VERSION = 2
 OLDEST_SCHEMA = 1  # without a checksum of itself
 
@@ -68,6 +69,20 @@ class Manifest:
     files: tuple[FileRecord, ...] = ()
     adapter: AdapterRecord | None = None
     provenance: Provenance | None = None
+
+    @property
+    def needed(self) -> tuple[FileRecord, ...]:
+        """The files that a resume or a conversion may read: all but the model for others."""
+        return tuple(record for record in self.files if not _is_for_others(record))
+
+    @property
+    def for_others(self) -> tuple[FileRecord, ...]:
+        """The files of the Hugging Face directory, which people may move away."""
+        return tuple(record for record in self.files if _is_for_others(record))
+
+
+def _is_for_others(record: FileRecord) -> bool:
+    return PurePosixPath(record.name).parts[0] == HUGGING_FACE_FOLDER
 
 
 def record_file(directory: Path, name: str) -> FileRecord:
@@ -143,29 +158,49 @@ def link_on_the_way(directory: Path, name: str) -> Path | None:
 
 
 def verify_sizes(directory: Path) -> Manifest:
-    """Read the manifest and check that every file is there in full length; cheap, and finds what a crash leaves."""
-    manifest = read_manifest(directory)
-    for record in manifest.files:
-        path = directory / record.name
-        link = link_on_the_way(directory, record.name)
-        if link is not None:
-            raise CheckpointError(f"{link}: is a link, and a checkpoint consists of files; put the files in its place")
-        if not path.is_file():
-            raise CheckpointError(f"{directory}: {record.name} is missing; the checkpoint is incomplete")
-        size = path.stat().st_size
-        if size != record.num_bytes:
-            raise CheckpointError(
-                f"{directory}: {record.name} has {size} bytes instead of {record.num_bytes}; the checkpoint is damaged"
-            )
+    """Read the manifest and check that every needed file is there in full length; finds what a crash leaves, quickly.
+
+    Raises ``CheckpointError`` where one is not, as ``UnreadableError`` where that cannot be known now.
+    """
+    with refusals_named(directory):
+        manifest = read_manifest(directory)
+        for record in manifest.needed:
+            _require_whole(directory, record)
     return manifest
+
+
+def missed_by_others(directory: Path, manifest: Manifest) -> str | None:
+    """The first file of the Hugging Face directory that is not there in full length; nobody needs it to go on."""
+    for record in manifest.for_others:
+        try:
+            with refusals_named(directory):
+                _require_whole(directory, record)
+        except CheckpointError:
+            return record.name
+    return None
+
+
+def _require_whole(directory: Path, record: FileRecord) -> None:
+    path = directory / record.name
+    link = link_on_the_way(directory, record.name)
+    if link is not None:
+        raise CheckpointError(f"{link}: is a link, and a checkpoint consists of files; put the files in its place")
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: {record.name} is missing; the checkpoint is incomplete")
+    size = path.stat().st_size
+    if size != record.num_bytes:
+        raise CheckpointError(
+            f"{directory}: {record.name} has {size} bytes instead of {record.num_bytes}; the checkpoint is damaged"
+        )
 
 
 def verify_checksums(directory: Path, files: Iterable[FileRecord]) -> None:
     """Read ``files`` through and compare their checksums; finds single flipped bits (about 4 GB/s from memory)."""
     for record in files:
         try:
-            found = checksum(directory / record.name)
-        except OSError as error:
+            with refusals_named(directory / record.name):
+                found = checksum(directory / record.name)
+        except ABSENT as error:
             raise CheckpointError(f"{directory}: {record.name} cannot be read: {error}") from error
         if found != record.crc32:
             raise CheckpointError(

@@ -28,7 +28,7 @@ from chatlearn.checkpoint.documents import (
     require_schema,
     text,
 )
-from chatlearn.checkpoint.durable import failures_named, sync, write_text
+from chatlearn.checkpoint.durable import ABSENT, failures_named, refusals_named, sync, write_text
 from chatlearn.errors import CheckpointError
 from chatlearn.records import Completion, ExpertStream, FinishReason, OpenGroup, Prompt, Score, VersionRun
 
@@ -109,8 +109,9 @@ def load_open_groups(directory: Path) -> tuple[OpenGroup, ...]:
 
 def _read_streams(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        streams = load_file(path)
-    except (OSError, SafetensorError, LookupError, ValueError) as error:  # the last two: a type that numpy lacks
+        with refusals_named(path):
+            streams = load_file(path)
+    except (*ABSENT, SafetensorError, LookupError, ValueError) as error:  # the last two: a type that numpy lacks
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}); the file is damaged") from None
     if TOKENS not in streams or LOGPROBS not in streams:
         raise CheckpointError(f"{path}: holds no tokens or no log-probabilities; the file is damaged")

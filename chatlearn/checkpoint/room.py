@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from chatlearn.checkpoint.durable import failures_named
 from chatlearn.errors import CheckpointError
 
 BYTES_PER_GB: Final = 10**9
@@ -52,7 +53,8 @@ def free_bytes(root: Path) -> int:
 
 def require_room(root: Path, num_bytes: int) -> None:
     """Raise ``CheckpointError`` where ``num_bytes`` do not fit beside what lies below ``root``."""
-    free = free_bytes(root)
+    with failures_named(root):
+        free = free_bytes(root)
     if free < num_bytes:
         raise CheckpointError(
             f"{root}: the next checkpoint needs {in_words(num_bytes)}, and {in_words(free)} are free; nothing of it "

@@ -107,7 +107,7 @@ def hold_directory(directory: Path, say: Callable[[str], None]) -> Generator[Hol
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK_NAME
     with _opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
-        is_locked = _is_lockable(path, descriptor, say)
+        is_locked = _is_lockable(path, descriptor, fcntl.LOCK_EX, say)
         holder = _holder(descriptor)
         if holder is not None:
             _require_gone(path, holder, say, is_sure=is_locked)
@@ -128,10 +128,11 @@ def require_free(directory: Path, say: Callable[[str], None]) -> None:
     if not path.is_file() or not os.access(path, os.R_OK):
         return
     with _opened(path, os.O_RDONLY) as descriptor:
-        is_locked = _is_lockable(path, descriptor, say)
+        # Shared: several may look, and network file systems refuse a lock of one's own on what is open for reading.
+        is_locked = _is_lockable(path, descriptor, fcntl.LOCK_SH, say)
         holder = _holder(descriptor)
-        if holder is not None:
-            _require_gone(path, holder, say, is_sure=is_locked)
+    if holder is not None:  # Who watches for half a minute does it without the lock: others may start meanwhile.
+        _require_gone(path, holder, say, is_sure=is_locked)
 
 
 @contextmanager
@@ -144,12 +145,12 @@ def _opened(path: Path, flags: int) -> Generator[int]:
         os.close(descriptor)
 
 
-def _is_lockable(path: Path, descriptor: int, say: Callable[[str], None]) -> bool:
-    """Take the lock; False, and said, where the file system knows none. Raises ``ConfigError`` where it is taken."""
+def _is_lockable(path: Path, descriptor: int, kind: int, say: Callable[[str], None]) -> bool:
+    """Take the lock, of this kind; False, and said, where there are none. Raises ``ConfigError`` where it is taken."""
     give_up = time.monotonic() + PATIENCE_S
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > give_up:
                 raise ConfigError(_taken(path, _holder(descriptor))) from None

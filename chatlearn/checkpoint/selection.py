@@ -10,23 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from chatlearn.checkpoint.durable import refusals_named
 from chatlearn.checkpoint.guarded_reader import METADATA_NAME
 from chatlearn.checkpoint.layout import (
     DELETED_NAME,
-    HUGGING_FACE_FOLDER,
     MODEL_FOLDER,
     OPTIMIZER_FOLDER,
     RANDOM_FOLDER,
     checkpoint_folder,
     list_complete,
     numbered,
-    pointed_at,
 )
 from chatlearn.checkpoint.manifest import MANIFEST_NAME, Manifest, verify_checksums, verify_sizes
 from chatlearn.checkpoint.run_state import RUN_STATE_NAME, RunState, load_run_state
-from chatlearn.errors import CheckpointError, ConfigError
+from chatlearn.errors import CheckpointError, ConfigError, UnreadableError
 
-LARGE: Final = {MODEL_FOLDER, OPTIMIZER_FOLDER, RANDOM_FOLDER, HUGGING_FACE_FOLDER}  # what the ranks read
+LARGE: Final = {MODEL_FOLDER, OPTIMIZER_FOLDER, RANDOM_FOLDER}  # what the ranks read
 # Any of these tells that a folder was a checkpoint once, and not somebody's notes.
 TRACES: Final = (MANIFEST_NAME, RUN_STATE_NAME, f"{MODEL_FOLDER}/{METADATA_NAME}")
 
@@ -57,23 +56,21 @@ class Choice:
 
 
 def choose(root: Path) -> Choice:
-    """Find the newest checkpoint that can be believed, no newer than ``latest`` says; only reads.
+    """Find the newest checkpoint that can be believed; only reads.
 
-    Newer folders than ``latest`` names are taken only where there is none before: a crash came between a checkpoint
-    and the pointer to it.
+    The file ``latest`` has no say: it is written after a checkpoint, so a crash or a full disk may have come between.
+    Raises ``UnreadableError`` where it cannot be known now which one that is.
     """
-    folders = [folder for folder in numbered(root) if was_checkpoint(folder)]
-    pointer = pointed_at(root)
-    eligible = [folder for folder in folders if int(folder.name) <= pointer] or folders
     damaged: list[Damage] = []
-    for folder in reversed(folders):
-        try:
-            saved = read_saved(folder)
-        except CheckpointError as error:
-            damaged.append(Damage(folder, str(error)))
-        else:
-            if folder in eligible:
-                return Choice(saved, tuple(damaged))
+    with refusals_named(root):
+        folders = [folder for folder in numbered(root) if was_checkpoint(folder)]
+        for folder in reversed(folders):
+            try:
+                return Choice(read_saved(folder), tuple(damaged))
+            except UnreadableError:
+                raise
+            except CheckpointError as error:
+                damaged.append(Damage(folder, str(error)))
     return Choice(None, tuple(damaged))
 
 
@@ -83,12 +80,12 @@ def was_checkpoint(folder: Path) -> bool:
 
 
 def read_saved(folder: Path) -> Saved:
-    """Read what a checkpoint says, after comparing it with its checksums; every other file must have its full length.
+    """Read what a checkpoint says, after comparing it with its checksums; all that is needed must have its full length.
 
     Raises ``CheckpointError`` that says what is wrong.
     """
     manifest = verify_sizes(folder)
-    small = [record for record in manifest.files if record.name.split("/", 1)[0] not in LARGE]
+    small = [record for record in manifest.needed if record.name.split("/", 1)[0] not in LARGE]
     if RUN_STATE_NAME not in {record.name for record in small}:
         raise CheckpointError(f"{folder}: {MANIFEST_NAME} does not list {RUN_STATE_NAME}; the checkpoint is incomplete")
     verify_checksums(folder, small)
@@ -102,7 +99,7 @@ def read_saved(folder: Path) -> Saved:
 
 
 def read_chosen(root: Path, iteration: int) -> Saved:
-    """The checkpoint of ``iteration``, every byte of it compared: what is newer will be given up for it.
+    """The checkpoint of ``iteration``, every byte that is needed compared: what is newer will be given up for it.
 
     Raises ``ConfigError`` that lists what there is where it is not there, and ``CheckpointError`` where it is damaged.
     """
@@ -114,7 +111,7 @@ def read_chosen(root: Path, iteration: int) -> Saved:
             f"{present}"
         )
     saved = read_saved(folder)
-    verify_checksums(folder, saved.manifest.files)
+    verify_checksums(folder, saved.manifest.needed)
     return saved
 
 

@@ -10,6 +10,7 @@ user's wishes, so they are neither saved nor loaded: after a resume those hold t
 
 from __future__ import annotations
 
+import io
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -29,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from chatlearn.checkpoint.adapters import AdapterRecord, require_same_adapter, require_same_layers
@@ -36,7 +39,7 @@ from chatlearn.checkpoint.durable import failures_named, sync
 from chatlearn.checkpoint.guarded_reader import METADATA_NAME, GuardedPlanner, GuardedReader, load_plain
 from chatlearn.checkpoint.layout import MODEL_FOLDER, OPTIMIZER_FOLDER, RANDOM_FOLDER
 from chatlearn.checkpoint.manifest import FileRecord, Manifest, record_file, verify_checksums, verify_sizes
-from chatlearn.errors import CheckpointError, DamagedCheckpointError
+from chatlearn.errors import CheckpointError, DamagedCheckpointError, UnreadableError
 
 # torch's name for the moments in an optimizer's state dict; what lies beside it are the hyperparameters.
 STATE = "state"
@@ -102,8 +105,9 @@ def load_shards(
     """Load a published checkpoint into ``module`` and ``optimizer``, after checking every byte of its shards.
 
     ``adapter`` describes what is trained where it is not the whole module. Collective. Raises on every rank, before
-    anything was changed: ``DamagedCheckpointError`` when the folder is incomplete or damaged, any other
-    ``CheckpointError`` when its adapter is another one or on another base, or when its tensors do not fit the module.
+    anything was changed: ``DamagedCheckpointError`` when the folder is incomplete or damaged, ``UnreadableError`` when
+    it cannot be read now, any other ``CheckpointError`` when its adapter is another one or on another base, or when its
+    tensors do not fit the module.
     """
     weights = get_model_state_dict(module, options=TRAINED)
     manifest = _verify_together(directory)
@@ -132,7 +136,9 @@ def _write_random_states(directory: Path, states: dict[str, Any]) -> Path:
     rank, _ = _place()
     file = directory / RANDOM_FOLDER / f"rank_{rank}.pt"
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(states, file)
+    content = io.BytesIO()  # torch's own file hides what a full disk says behind a complaint about positions
+    torch.save(states, content)
+    file.write_bytes(content.getbuffer())
     sync(file)  # from the machine that wrote it: on a shared file system no other one can
     return file
 
@@ -149,8 +155,20 @@ def _place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+class _PlainWriter(FileSystemWriter):
+    """torch's writer of a folder of shards, with the disk's own words where the disk refuses."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:  # The end of a tensor complains of its position: the disk refused before.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
 def _write(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> None:
-    writer, alone = FileSystemWriter(folder), not dist.is_initialized()
+    writer, alone = _PlainWriter(folder), not dist.is_initialized()
     try:
         state_dict_saver.save(state, storage_writer=writer, process_group=group, no_dist=alone)
     except (CheckpointException, OSError) as error:
@@ -179,10 +197,13 @@ def _verify_together(directory: Path) -> Manifest:
     rank, num_ranks = _place()
     unseen = f"{directory}: rank {rank} cannot see this folder; all ranks must share one file system"
     _raise_together(None if directory.is_dir() else CheckpointError(unseen))  # no damage: others may see it
-    manifest, fault = None, None
+    manifest: Manifest | None = None
+    fault: CheckpointError | None = None
     try:
         manifest = verify_sizes(directory)
-        verify_checksums(directory, manifest.files[rank::num_ranks])
+        verify_checksums(directory, manifest.needed[rank::num_ranks])
+    except UnreadableError as error:
+        fault = error
     except CheckpointError as error:
         fault = DamagedCheckpointError(directory, str(error))
     _raise_together(fault)

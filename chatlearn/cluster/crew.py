@@ -185,7 +185,7 @@ def _spawn(cluster: Cluster, blueprint: Blueprint) -> dict[str, Group]:
 def _archive(
     trainers: Group, exporters: Group | None, cluster: Cluster, blueprint: Blueprint, tell: Callable[[str], None]
 ) -> Archive:
-    exporter = None if exporters is None else Exporter(exporters.members[0], cluster)
+    exporter = None if exporters is None else Exporter(exporters.members[0], cluster, tell)
     return Archive(trainers, exporter, tell, in_background=blueprint.saves_in_background)
 
 

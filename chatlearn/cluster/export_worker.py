@@ -36,8 +36,7 @@ class ExportWorker:
         """Write ``folder/huggingface`` from the shards in ``folder``; returns its files."""
         from chatlearn.checkpoint.convert import export
         from chatlearn.checkpoint.durable import files_below
-        from chatlearn.checkpoint.layout import HUGGING_FACE_FOLDER
-        from chatlearn.checkpoint.manifest import record_file
+        from chatlearn.checkpoint.manifest import HUGGING_FACE_FOLDER, record_file
 
         save_dir = folder / HUGGING_FACE_FOLDER
         export(folder, base_dir, save_dir, adapter)

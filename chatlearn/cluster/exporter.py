@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,18 @@ class Export:
 
 
 class Exporter:
-    """One process. One that died is replaced, and the next checkpoint is the newcomer's."""
+    """One process. One that died is replaced, and the newcomer begins its work anew, once: the cause may be the work.
 
-    def __init__(self, member: Member, cluster: Cluster) -> None:
+    ``tell`` says something to the person who watches.
+    """
+
+    def __init__(self, member: Member, cluster: Cluster, tell: Callable[[str], None]) -> None:
         self._member = member
         self._cluster = cluster
+        self._tell = tell
         self._arriving: Any = None  # Ray's references: to what a newcomer says, and to what it is asked for
         self._files: Any = None
+        self._begun_anew: Path | None = None
         call(member, "prepare")
 
     def files(self, folder: Path, export: Export) -> Sequence[FileRecord] | None:
@@ -52,6 +57,10 @@ class Exporter:
             complaint = explain(error, self._member)
             if isinstance(error, RayActorError):
                 self._replace()
+                if self._begun_anew != folder:
+                    self._begun_anew = folder
+                    self._tell(f"{complaint}; another one makes the Hugging Face directory")
+                    return None
             raise complaint from None
 
     def _has_arrived(self) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from chatlearn.beginning import FRESH, beginning, open_journal, state_found
-from chatlearn.checkpoint.layout import begin, prune, publish
+from chatlearn.checkpoint.durable import write_text
+from chatlearn.checkpoint.layout import begin, prune, publish, set_aside
 from chatlearn.checkpoint.manifest import Manifest
 from chatlearn.checkpoint.run_state import RunState, save_config, save_run_state
 from chatlearn.cli import main
@@ -56,12 +57,14 @@ class Runs:
         config = read_config(ROOT / "template" / "quickstart.yaml", self.words(*overrides))
         return config, layout_of(config, Environment.read())
 
-    def save(self, iteration: int, *overrides: str, state: RunState = FRESH) -> Path:
-        """What a run with these overrides leaves after as many steps."""
+    def save(self, iteration: int, *overrides: str, state: RunState = FRESH, file: str | None = None) -> Path:
+        """What a run with these overrides leaves after as many steps; ``file`` names one more, in a folder."""
         config, layout = self.config(*overrides)
         staging = begin(self.root, iteration)
         save_run_state(staging, replace(state, episode=iteration, train_iteration=iteration))
         save_config(staging, resolved_text(config))
+        if file is not None:
+            write_text(staging / file, "weights")
         provenance = provenance_of(config, layout)
         return publish(
             self.root, Manifest(iteration, iteration, "base", "A", groupgemm=False, num_ranks=2, provenance=provenance)
@@ -117,6 +120,20 @@ def test_a_damaged_one_is_put_aside_and_said_and_a_dry_run_only_says_it(
     assert "7.damaged" in said
     assert "run_state.json" in said
     assert (runs.root / "7.damaged").is_dir()
+
+
+def test_a_model_for_others_that_was_moved_away_is_said_and_the_checkpoint_is_as_good(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = runs.save(4, file="huggingface/config.json")
+    assert runs.begin().episode == 4
+    assert capsys.readouterr().err == ""
+    (folder / "huggingface").rename(runs.folder / "served")
+    for attempt in (runs.rehearse, runs.begin, lambda: runs.begin(BACK)):
+        assert attempt().episode == 4
+        (said,) = capsys.readouterr().err.splitlines()
+        assert f"{folder}/huggingface/config.json is not there as it was saved" in said
+    assert runs.present() == ["4"]
 
 
 def test_a_folder_in_the_way_of_a_later_checkpoint_is_named_before_the_start(runs: Runs) -> None:
@@ -246,6 +263,36 @@ def test_a_run_goes_back_once_and_the_same_command_goes_on_after_a_crash(
     assert runs.present() == ["2", "4", "6", "8", "6.abandoned", "8.abandoned"]
 
 
+def test_a_crash_in_the_middle_of_going_back_leaves_the_newest_one_to_go_on_from(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older ones are put aside first: without the key the run goes on from its end, with it it goes back."""
+    for iteration in (2, 4, 6, 8):
+        runs.save(iteration)
+
+    def crash_at_the_last(folder: Path, ending: str) -> Path:
+        if folder.name == "8":
+            raise KeyboardInterrupt
+        return set_aside(folder, ending)
+
+    monkeypatch.setattr("chatlearn.beginning.set_aside", crash_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        runs.start(BACK)
+    monkeypatch.undo()
+    assert runs.present() == ["2", "4", "8", "6.abandoned"]
+    assert runs.begin().episode == 8
+    assert runs.start(BACK).episode == 4
+    assert runs.present() == ["2", "4", "6.abandoned", "8.abandoned"]
+
+
+def test_one_that_was_given_up_and_gets_its_number_back_is_a_checkpoint_again(runs: Runs) -> None:
+    for iteration in (2, 4, 6):
+        runs.save(iteration)
+    runs.save(5, state=runs.start(BACK))
+    (runs.root / "6.abandoned").rename(runs.root / "6")
+    assert runs.begin().episode == 6
+
+
 def test_a_run_can_go_back_to_the_same_place_after_it_went_elsewhere(runs: Runs) -> None:
     for iteration in (2, 4, 6):
         runs.save(iteration)
@@ -265,7 +312,6 @@ def test_what_was_given_up_is_pruned_first_and_never_taken(runs: Runs) -> None:
     prune(runs.root, keep=3)
     assert runs.present() == ["2", "4", "6.abandoned"]
     runs.save(5, state=state)
-    (runs.root / "latest").unlink()
     assert runs.begin().episode == 5
     prune(runs.root, keep=3)
     assert runs.present() == ["2", "4", "5"]
@@ -298,14 +344,7 @@ def test_an_iteration_that_is_not_there_is_refused_with_those_that_are(runs: Run
 
 
 def test_a_run_does_not_give_up_newer_checkpoints_for_a_damaged_one(runs: Runs) -> None:
-    config, layout = runs.config()
-    staging = begin(runs.root, 4)
-    save_run_state(staging, replace(FRESH, episode=4, train_iteration=4))
-    (staging / "model").mkdir()
-    (staging / "model" / "shard").write_text("weights")
-    folder = publish(
-        runs.root, Manifest(4, 4, "b", "A", groupgemm=False, num_ranks=2, provenance=provenance_of(config, layout))
-    )
+    folder = runs.save(4, file="model/shard")
     runs.save(6)
     (folder / "model" / "shard").write_text("weighty")
     with pytest.raises(CheckpointError, match="model/shard has checksum"):

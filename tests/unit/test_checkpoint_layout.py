@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from chatlearn.checkpoint.documents import checksum_of
 from chatlearn.checkpoint.durable import REPLACED_PREFIX, STAGING_PREFIX, staging_of
-from chatlearn.checkpoint.layout import begin, latest_complete, list_complete, prune, publish, recover
+from chatlearn.checkpoint.layout import (
+    begin,
+    discard,
+    latest_complete,
+    list_complete,
+    point_latest,
+    prune,
+    publish,
+    recover,
+)
 from chatlearn.checkpoint.manifest import FileRecord, Manifest, read_manifest, verify_checksums, verify_sizes
 from chatlearn.checkpoint.run_state import RunState, save_run_state
 from chatlearn.errors import CheckpointError
@@ -36,7 +45,9 @@ def save(root: Path, iteration: int, content: str = "weights", score: float | No
         save_run_state(staging, RunState(iteration, iteration, iteration, 0, 0, 0, evaluation={"eval/x/avg@1": score}))
     (staging / "model").mkdir()
     (staging / "model" / "shard").write_text(content)
-    return publish(root, manifest_of(iteration))
+    final = publish(root, manifest_of(iteration))
+    point_latest(root, iteration)
+    return final
 
 
 def test_a_published_checkpoint_is_complete_and_a_staged_one_is_not_there(tmp_path: Path) -> None:
@@ -90,14 +101,22 @@ def test_a_flipped_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
         verify_checksums(final, manifest.files)
 
 
-def test_latest_wins_over_folders_of_an_earlier_life(tmp_path: Path) -> None:
-    for iteration in (5, 10, 15):
+def test_the_newest_one_counts_where_a_crash_or_a_full_disk_came_before_its_pointer(tmp_path: Path) -> None:
+    for iteration in (5, 10):
         save(tmp_path, iteration)
-    final = save(tmp_path, 10, "after going back to 5")
-    assert latest_complete(tmp_path) == final
-    assert prune(tmp_path, keep=2) == (tmp_path / "15",)
-    (tmp_path / "latest").unlink()
-    assert latest_complete(tmp_path) == final
+    (tmp_path / ".latest.writing").mkdir()  # where the next text is written first
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save(tmp_path, 15)
+    assert (tmp_path / "latest").read_text() == "10\n"
+    assert latest_complete(tmp_path) == tmp_path / "15"
+    assert prune(tmp_path, keep=2) == (tmp_path / "5",)
+
+
+def test_one_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
+    (begin(tmp_path, 5) / "half").write_text("...")
+    discard(tmp_path, 5)
+    discard(tmp_path, 6)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_publishing_an_iteration_again_replaces_it(tmp_path: Path) -> None:
@@ -142,6 +161,17 @@ def test_what_a_killed_save_left_goes_and_nothing_else(tmp_path: Path) -> None:
     assert save(root, 8).is_dir()
     assert sorted(root.iterdir()) == sorted([*before, root / "8"])
     assert list_complete(root) == (final, root / "8")
+
+
+def test_what_a_killed_exporter_left_is_no_part_of_the_checkpoint(tmp_path: Path) -> None:
+    staging = begin(tmp_path, 1)
+    for prefix in (STAGING_PREFIX, REPLACED_PREFIX):
+        (staging / f"{prefix}huggingface").mkdir()
+        (staging / f"{prefix}huggingface" / "model.safetensors").write_text("half of it")
+    (staging / "model").write_text("weights")
+    final = publish(tmp_path, manifest_of(1))
+    assert [record.name for record in verify_sizes(final).files] == ["model"]
+    assert sorted(path.name for path in final.iterdir()) == ["checkpoint.json", "model"]
 
 
 def test_a_foreign_folder_is_refused_and_kept(tmp_path: Path) -> None:
@@ -202,21 +232,16 @@ def test_an_interrupted_deletion_is_finished(tmp_path: Path) -> None:
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    iterations=st.sets(st.integers(0, 30), min_size=1, max_size=6),
-    pointer=st.one_of(st.none(), st.integers(0, 30)),
-    keep=st.integers(1, 4),
-)
-def test_pruning_never_changes_what_a_resume_takes(iterations: set[int], pointer: int | None, keep: int) -> None:
+@given(iterations=st.lists(st.integers(0, 30), min_size=1, max_size=6, unique=True), keep=st.integers(1, 4))
+def test_pruning_never_changes_what_a_resume_takes(iterations: list[int], keep: int) -> None:
     with TemporaryDirectory() as folder:
         root = Path(folder)
         for iteration in iterations:
             save(root, iteration)
-        (root / "latest").unlink() if pointer is None else (root / "latest").write_text(f"{pointer}\n")
         before = latest_complete(root)
         prune(root, keep)
         assert latest_complete(root) == before
-        assert len(list_complete(root)) == min(keep, len(iterations))
+        assert [int(folder.name) for folder in list_complete(root)] == sorted(iterations)[-keep:]
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", ""])

@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import psutil
@@ -127,7 +128,9 @@ def redrawn(run: Path) -> None:
     file = run / TRAINER_CHECKPOINTS / "2" / "random" / "rank_0.pt"
     states = torch.load(file, weights_only=True)
     states["torch"][17] ^= 1
-    torch.save(states, file)
+    content = BytesIO()
+    torch.save(states, content)
+    file.write_bytes(content.getvalue())
 
 
 def removed(run: Path) -> None:

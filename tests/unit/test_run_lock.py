@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -170,6 +171,36 @@ def test_a_torn_file_names_nobody(tmp_path: Path, content: str) -> None:
 def test_a_look_writes_nothing(tmp_path: Path) -> None:
     assert look(tmp_path / "none") == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_may_look_at_once_and_a_file_that_is_open_for_reading_is_locked_as_network_disks_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flock = tmp_path / LOCK_NAME, fcntl.flock
+    path.write_text("")
+
+    def flock_of_a_network_disk(descriptor: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr("fcntl.flock", flock_of_a_network_disk)
+    with path.open() as other:
+        flock(other, fcntl.LOCK_SH)  # another look, in the middle
+        assert look(tmp_path) == []
+    assert enter(tmp_path) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_who_watches_without_writing_keeps_nobody_from_starting(tmp_path: Path) -> None:
+    path = tmp_path / LOCK_NAME
+    path.write_text(json.dumps(ELSEWHERE))
+
+    def start_meanwhile(_watching: str) -> None:
+        with path.open() as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where the lock is taken
+
+    require_free(tmp_path, start_meanwhile)
 
 
 def test_an_error_inside_gives_the_directory_back(tmp_path: Path) -> None:
