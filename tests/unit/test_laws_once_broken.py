@@ -22,6 +22,7 @@ from chatlearn.algorithm.advantage import ADVANTAGES
 from chatlearn.algorithm.logprob import token_logprobs_and_entropy
 from chatlearn.beginning import FRESH, resume, state_found
 from chatlearn.checkpoint.hugging_face import write_hugging_face
+from chatlearn.checkpoint.manifest import Provenance
 from chatlearn.cluster.archive import Draft
 from chatlearn.config.environment import Environment
 from chatlearn.config.layout import Layout, layout_of
@@ -30,13 +31,13 @@ from chatlearn.config.schema import GrpoConfig
 from chatlearn.config.text import resolved_text
 from chatlearn.episode import compare
 from chatlearn.observability.journal import Journal
-from chatlearn.provenance import provenance_of
 from chatlearn.records import Completion, Graded, Prompt, Rollout, Score, VersionRun
 from chatlearn.saving import save
 from chatlearn.team import Team
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "embedded" / "tiny_qwen3"
+PROVENANCE = Provenance("data", "model", "prompts")
 
 
 def configured(*overrides: str) -> tuple[GrpoConfig, Layout]:
@@ -107,7 +108,7 @@ def team_of(config: GrpoConfig, layout: Layout, trainer: OneNumber) -> Team:
             lora=None,
             checkpoint_bytes=0,
             config_text=resolved_text(config),
-            provenance=provenance_of(config, layout),
+            provenance=PROVENANCE,
         ),
     )
 
@@ -115,10 +116,8 @@ def team_of(config: GrpoConfig, layout: Layout, trainer: OneNumber) -> Team:
 @pytest.mark.parametrize("num_epochs", [1, 2])
 def test_a_run_goes_on_from_the_weights_of_its_last_step(tmp_path: Path, num_epochs: int) -> None:
     """The original named a checkpoint by the step and looked for it by the episode: it went on from other weights."""
-    (tmp_path / "train.json").write_text("what is in it does not matter, as long as it stays\n")
     config, layout = configured(
         f"runtime_args.output_dir={tmp_path}",
-        f"runtime_args.data_path={tmp_path / 'train.json'}",
         "runtime_args.sample_per_episode=512",
         "runtime_args.train_global_batch_size=128",
         f"runtime_args.num_training_epoch={num_epochs}",
@@ -131,7 +130,7 @@ def test_a_run_goes_on_from_the_weights_of_its_last_step(tmp_path: Path, num_epo
         trainer.weights = 100 * episode
         save(team_of(config, layout, trainer), state, journal)
 
-    found, resumed = state_found(config, layout), OneNumber()
+    found, resumed = state_found(config, layout, PROVENANCE), OneNumber()
     resume(team_of(config, layout, resumed), found, journal)
     assert (found.episode, found.train_iteration) == (3, 3 * layout.steps_per_episode)
     assert resumed.weights == 300
