@@ -177,7 +177,7 @@ def pointed_at(root: Path) -> float:
 
 
 def best_complete(root: Path, measure: str) -> Path | None:
-    """The checkpoint whose own episode was evaluated with the highest ``measure``, the newest of several equal ones.
+    """The checkpoint whose own weights were evaluated with the highest ``measure``, the newest of several equal ones.
 
     None where no checkpoint's episode has that number.
     """

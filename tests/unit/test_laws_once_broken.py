@@ -29,7 +29,8 @@ from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.read import read_config
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.config.text import resolved_text
-from chatlearn.episode import compare
+from chatlearn.data.stream import StreamPosition
+from chatlearn.episode import compare, state_after
 from chatlearn.observability.journal import Journal
 from chatlearn.records import Completion, Graded, Prompt, Rollout, Score, VersionRun
 from chatlearn.saving import save
@@ -135,6 +136,23 @@ def test_a_run_goes_on_from_the_weights_of_its_last_step(tmp_path: Path, num_epo
     assert (found.episode, found.train_iteration) == (3, 3 * layout.steps_per_episode)
     assert resumed.weights == 300
     assert (layout.folders.save_model / str(found.train_iteration)).is_dir()
+
+
+def test_an_episode_without_a_step_is_saved_in_the_place_of_the_one_with_the_same_weights(tmp_path: Path) -> None:
+    """Partial rollout has such episodes; where the last one was not saved, the same command ran it again for ever."""
+    config, layout = configured(f"runtime_args.output_dir={tmp_path}")
+    team, journal = team_of(config, layout, OneNumber(7)), cast("Journal", SilentJournal())
+    first = replace(FRESH, episode=1, train_iteration=1, offset=64, evaluation={"eval/x/avg@1": 0.5})
+    second = state_after(first, 0, StreamPosition(0, 128, ()))
+    for state in (first, first, second):
+        save(team, state, journal)
+    found = state_found(config, layout, PROVENANCE)
+    assert (found.episode, found.train_iteration, found.offset) == (2, 1, 128)
+    assert found.evaluation == first.evaluation, "what the best checkpoint is known by"
+    assert state_after(first, 1, StreamPosition()).evaluation == {}
+    published = (layout.folders.save_model / "1" / "checkpoint.json").stat().st_ino
+    save(team, second, journal)
+    assert (layout.folders.save_model / "1" / "checkpoint.json").stat().st_ino == published, "saved already"
 
 
 # --- W3: an answer is compared with its siblings of this episode and nobody else --------------------------------------
