@@ -24,7 +24,7 @@ from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.schedule import ScheduleName, schedule_name
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.episode import Schedule, ask_anew, evaluate, examine, judge, publish, state_after, study
-from chatlearn.errors import DamagedCheckpointError
+from chatlearn.errors import DamagedCheckpointError, RunError, WorkerError
 from chatlearn.observability.journal import Journal, Page
 from chatlearn.one_step_off import OneStepOff
 from chatlearn.over_sampling import OverSampling
@@ -83,8 +83,17 @@ def train(config: GrpoConfig, layout: Layout, hold: Hold) -> None:
             save(team, state, journal)
             team.archive.finish()
             raise
+        except RunError as error:
+            if not is_of_trainer(error):  # Its ranks hold what is being written.
+                team.archive.see_out(error, heartbeat)
+            raise
         team.archive.finish()
         journal.curve()
+
+
+def is_of_trainer(error: RunError) -> bool:
+    """Whether a rank of the trainer has failed."""
+    return isinstance(error, WorkerError) and error.role == "policy_trainer"
 
 
 def taking_turns(name: ScheduleName, team: Team, state: RunState) -> Schedule:
