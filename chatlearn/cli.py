@@ -133,7 +133,8 @@ def resume_check(
 
     trial = trial_of(config, config_file, overrides or (), episodes, cut)
     say = partial(typer.echo, err=True)
-    for warning in command.warnings_of(config, check(config, Environment.read())):
+    tried = read_config(config_file, trial.words(trial.uninterrupted))  # It is shorter, and saves at other places.
+    for warning in command.warnings_of(tried, check(tried, Environment.read())):
         say(warning)
     show_run_comparison(command.resume_check(trial, say))
 
