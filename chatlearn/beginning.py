@@ -12,7 +12,7 @@ from rich.console import Console
 from chatlearn.checkpoint.adapters import AdapterRecord, require_same_adapter
 from chatlearn.checkpoint.durable import write_text
 from chatlearn.checkpoint.layout import ABANDONED, DAMAGED, called, checkpoint_folder, recover, set_aside
-from chatlearn.checkpoint.manifest import missed_by_others
+from chatlearn.checkpoint.manifest import Provenance, missed_by_others
 from chatlearn.checkpoint.run_state import CONFIG_NAME, RunState
 from chatlearn.checkpoint.selection import Choice, Saved, choose, newer_than, read_chosen, strangers
 from chatlearn.config.layout import Layout
@@ -21,7 +21,7 @@ from chatlearn.config.text import resolved_text
 from chatlearn.errors import CheckpointError, ConfigError
 from chatlearn.observability.journal import Journal
 from chatlearn.observability.manifest import RunFacts, write_manifest
-from chatlearn.provenance import compare, problems_of, provenance_of, remarks_of
+from chatlearn.provenance import compare, problems_of, remarks_of
 from chatlearn.recipe import lora_spec
 from chatlearn.specs import journal_spec
 from chatlearn.team import Team
@@ -29,7 +29,7 @@ from chatlearn.team import Team
 FRESH = RunState(episode=0, train_iteration=0, policy_version=0, epoch=0, offset=0, deferred=(), metrics_bytes=0)
 
 
-def beginning(config: GrpoConfig, layout: Layout) -> RunState:
+def beginning(config: GrpoConfig, layout: Layout, provenance: Provenance) -> RunState:
     """Where the run begins, after what an earlier one was in the middle of has been finished.
 
     Damaged checkpoints that are newer get another name, which is said, and the run goes on from the one before.
@@ -39,15 +39,15 @@ def beginning(config: GrpoConfig, layout: Layout) -> RunState:
     choice = choose(root)
     for damage in choice.damaged:
         put_aside(damage.folder, damage.reason)
-    return _state_in(config, layout, choice)
+    return _state_in(config, layout, provenance, choice)
 
 
-def state_found(config: GrpoConfig, layout: Layout) -> RunState:
+def state_found(config: GrpoConfig, layout: Layout, provenance: Provenance) -> RunState:
     """As ``beginning``, and only reads, so that a dry run disturbs nobody."""
     choice = choose(layout.folders.save_model)
     for damage in choice.damaged:
         announce(f"the checkpoint {damage.folder} is damaged, and a run would put it aside: {damage.reason}")
-    return _state_in(config, layout, choice)
+    return _state_in(config, layout, provenance, choice)
 
 
 def put_aside(folder: Path, reason: str) -> None:
@@ -55,7 +55,7 @@ def put_aside(folder: Path, reason: str) -> None:
     announce(f"a damaged checkpoint is put aside as {set_aside(folder, DAMAGED)}: {reason}")
 
 
-def _state_in(config: GrpoConfig, layout: Layout, choice: Choice) -> RunState:
+def _state_in(config: GrpoConfig, layout: Layout, provenance: Provenance, choice: Choice) -> RunState:
     """The state in the checkpoint to go on from, or a fresh one.
 
     Raises ``ConfigError`` when resuming is switched off and the output directory holds checkpoints of another run, or
@@ -78,7 +78,7 @@ def _state_in(config: GrpoConfig, layout: Layout, choice: Choice) -> RunState:
         announce(
             f"{saved.folder / missed} is not there as it was saved; a run needs it not, chatlearn convert makes it"
         )
-    state = _continued(config, layout, saved)
+    state = _continued(config, provenance, saved)
     manifest, base = saved.manifest, Path(layout.trainer.load)
     require_same_adapter(saved.folder, manifest.adapter, AdapterRecord.of(lora_spec(config), base), manifest.base_model)
     return state
@@ -102,9 +102,9 @@ def _chosen(config: GrpoConfig, layout: Layout, newest: Saved | None) -> Saved |
     return replace(chosen, state=replace(chosen.state, gone_back_to=goal))
 
 
-def _continued(config: GrpoConfig, layout: Layout, saved: Saved) -> RunState:
+def _continued(config: GrpoConfig, provenance: Provenance, saved: Saved) -> RunState:
     """The saved state, once the configuration has been compared with the one that it was saved with."""
-    comparison = compare(saved, config, provenance_of(config, layout))
+    comparison = compare(saved, config, provenance)
     if comparison is None:
         announce(f"{saved.folder} holds no {CONFIG_NAME} (an older version saved it): configurations are not compared")
         return saved.state
@@ -114,7 +114,7 @@ def _continued(config: GrpoConfig, layout: Layout, saved: Saved) -> RunState:
         announce(line)
     if comparison.moves_data:
         return replace(saved.state, offset=0, deferred=(), open_groups=())
-    if comparison.harmful:  # What is under way was asked in another way: it is asked anew, as by another schedule.
+    if comparison.asks_anew:  # As by another schedule.
         return replace(saved.state, schedule="")
     return saved.state
 

@@ -133,7 +133,8 @@ def resume_check(
 
     trial = trial_of(config, config_file, overrides or (), episodes, cut)
     say = partial(typer.echo, err=True)
-    for warning in command.warnings_of(config, check(config, Environment.read())):
+    tried = read_config(config_file, trial.words(trial.uninterrupted))  # It is shorter, and saves at other places.
+    for warning in command.warnings_of(tried, check(tried, Environment.read())):
         say(warning)
     show_run_comparison(command.resume_check(trial, say))
 
@@ -182,16 +183,17 @@ def check(config: GrpoConfig, environment: Environment) -> Layout:
 
 
 def rehearse(config: GrpoConfig, layout: Layout) -> None:
-    """What a run does before its cluster: see who is there, find where to begin, read the data. Nothing is written."""
+    """What a run does before its cluster: see who is there, read the data, find where to begin. Nothing is written."""
     from chatlearn.beginning import announce, state_found
     from chatlearn.checkpoint.run_lock import require_free
+    from chatlearn.provenance import provenance_of
     from chatlearn.questions import read_questions
 
     require_free(layout.folders.output, announce)
-    state = state_found(config, layout)
+    questions = read_questions(config)
+    state = state_found(config, layout, provenance_of(layout, questions.training))
     if state.episode > 0:
         announce(f"a run would go on from checkpoint {state.train_iteration}, after episode {state.episode}")
-    read_questions(config)
 
 
 def show_plan(config: GrpoConfig, layout: Layout) -> None:

@@ -184,7 +184,7 @@ def state_after(
     return replace(
         state,
         episode=state.episode + 1,
-        evaluation={},
+        evaluation={} if num_steps > 0 else state.evaluation,  # Of the same weights it holds still.
         train_iteration=state.train_iteration + num_steps,
         policy_version=state.episode + 1,
         epoch=position.epoch,

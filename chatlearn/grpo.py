@@ -24,11 +24,12 @@ from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.schedule import ScheduleName, schedule_name
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.episode import Schedule, ask_anew, evaluate, examine, judge, publish, state_after, study
-from chatlearn.errors import DamagedCheckpointError
+from chatlearn.errors import DamagedCheckpointError, RunError, WorkerError
 from chatlearn.observability.journal import Journal, Page
 from chatlearn.one_step_off import OneStepOff
 from chatlearn.over_sampling import OverSampling
 from chatlearn.partial_rollout import PartialRollout
+from chatlearn.provenance import provenance_of
 from chatlearn.questions import read_questions
 from chatlearn.records import OpenGroup
 from chatlearn.saving import is_due, is_save_due, save
@@ -50,11 +51,11 @@ def run(config: GrpoConfig) -> None:
 
 def train(config: GrpoConfig, layout: Layout, hold: Hold) -> None:
     """The run itself, by the one process that may write into its directory."""
-    state = beginning(config, layout)
+    questions = read_questions(config)  # First of all: a mistake in the data touches nothing that is written.
+    state = beginning(config, layout, provenance_of(layout, questions.training))
     if state.episode >= config.runtime_args.num_episode:
         announce(f"finished at {state.episode}")
         return
-    questions = read_questions(config)  # Before the journal: a mistake in the data touches nothing that is written.
     interruption = Interruption()
 
     def heartbeat() -> None:
@@ -82,8 +83,17 @@ def train(config: GrpoConfig, layout: Layout, hold: Hold) -> None:
             save(team, state, journal)
             team.archive.finish()
             raise
+        except RunError as error:
+            if not is_of_trainer(error):  # Its ranks hold what is being written.
+                team.archive.see_out(error, heartbeat)
+            raise
         team.archive.finish()
         journal.curve()
+
+
+def is_of_trainer(error: RunError) -> bool:
+    """Whether a rank of the trainer has failed."""
+    return isinstance(error, WorkerError) and error.role == "policy_trainer"
 
 
 def taking_turns(name: ScheduleName, team: Team, state: RunState) -> Schedule:

@@ -19,7 +19,7 @@ from chatlearn.checkpoint.layout import (
     prune,
     publish,
 )
-from chatlearn.checkpoint.manifest import FileRecord, Manifest
+from chatlearn.checkpoint.manifest import FileRecord, Manifest, read_manifest
 from chatlearn.checkpoint.room import require_room
 from chatlearn.checkpoint.run_state import RunState, save_config, save_counters, save_run_state
 from chatlearn.cluster.archive import Draft
@@ -46,7 +46,7 @@ def save(team: Team, state: RunState, journal: Journal) -> None:
     begun, root = time.perf_counter(), team.layout.folders.save_model
     with journal.phase("saving"):
         team.archive.settle()
-        if latest_complete(root) == checkpoint_folder(root, state.train_iteration):
+        if _is_saved(root, state):
             return
         state = replace(state, metrics_bytes=journal.metrics_bytes)
         try:
@@ -60,6 +60,16 @@ def save(team: Team, state: RunState, journal: Journal) -> None:
         else:
             team.archive.begin(_draft(team, state, journal, staging))
     journal.write(state.episode, {"time/save": time.perf_counter() - begun})
+
+
+def _is_saved(root: Path, state: RunState) -> bool:
+    """Whether the newest checkpoint is of this episode.
+
+    One of the same weights may be of an earlier one, since an episode can go by without an optimizer step. It is
+    replaced: a run whose last episodes did so would otherwise never be known to have ended.
+    """
+    folder = checkpoint_folder(root, state.train_iteration)
+    return latest_complete(root) == folder and read_manifest(folder).episode == state.episode
 
 
 def _draft(team: Team, state: RunState, journal: Journal, staging: Path) -> Draft:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from chatlearn import specs
 from chatlearn.algorithm.advantage import ADVANTAGES, AdvantageFn
-from chatlearn.checkpoint.adapters import base_digest
 from chatlearn.checkpoint.manifest import Provenance
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.cluster.archive import Archive
@@ -30,6 +28,7 @@ from chatlearn.data.stream import PromptStream, StreamPosition
 from chatlearn.disk_room import size_of_checkpoint
 from chatlearn.models.lora import LoraSpec
 from chatlearn.observability.journal import Journal
+from chatlearn.provenance import provenance_of
 from chatlearn.questions import Questions
 from chatlearn.recipe import lora_spec
 from chatlearn.records import Prompt, Sample
@@ -142,7 +141,7 @@ def gather(
             replays_routes=config.models.policy_trainer.router_replay is True,
             config_text=resolved_text(config),
             lora=lora_spec(config),
-            provenance=Provenance(questions.training.content_hash, base_digest(Path(layout.trainer.load))),
+            provenance=provenance_of(layout, questions.training),
             checkpoint_bytes=size_of_checkpoint(config, layout).total,
         )
 

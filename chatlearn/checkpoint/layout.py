@@ -174,7 +174,7 @@ def latest_complete(root: Path) -> Path | None:
 
 
 def best_complete(root: Path, measure: str) -> Path | None:
-    """The checkpoint whose own episode was evaluated with the highest ``measure``, the newest of several equal ones.
+    """The checkpoint whose own weights were evaluated with the highest ``measure``, the newest of several equal ones.
 
     None where no checkpoint's episode has that number.
     """

@@ -45,10 +45,12 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a run is made from, by content and not by path: the training data, and the weights of the base model."""
+    """What a run is made from, by content and not by path: the training data, the weights of the base model, and the
+    prompts that its tokenizer and chat template make of that data; older ones know no ``prompts_digest``."""
 
     data_hash: str
     base_digest: str
+    prompts_digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def _read_provenance(document: Document, path: Path) -> Provenance | None:
     if document.get("provenance") is None:
         return None
     record = inner(document, "provenance", path)
-    return Provenance(text(record, "data_hash", path), text(record, "base_digest", path))
+    prompts = None if record.get("prompts_digest") is None else text(record, "prompts_digest", path)
+    return Provenance(text(record, "data_hash", path), text(record, "base_digest", path), prompts)
 
 
 def _inner_name(name: str, path: Path) -> str:

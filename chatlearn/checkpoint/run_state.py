@@ -33,7 +33,7 @@ class RunState:
     ``episode`` and ``train_iteration`` (optimizer steps) count from 0 before training; ``policy_version`` is that of
     the weights saved with it; ``epoch``, ``offset`` and ``deferred`` are the position in the prompt stream;
     ``metrics_bytes`` is the length that ``metrics.jsonl`` had, a fact for tools; a resume cuts that file by step.
-    ``evaluation`` holds the numbers that the finished episode was evaluated with, if it was.
+    ``evaluation`` holds the numbers that the weights were evaluated with, if they were.
     ``gone_back_to`` is the train iteration that somebody sent the run back to; all later checkpoints carry it.
     ``open_groups`` are the prompts that ``schedule``, by its name, is in the middle of, the oldest first.
     """

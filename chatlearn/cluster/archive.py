@@ -11,15 +11,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
 
 from chatlearn.checkpoint.background import take_reports
 from chatlearn.checkpoint.manifest import FileRecord
 from chatlearn.cluster.exporter import Export, Exporter
 from chatlearn.cluster.fanout import Group
 from chatlearn.cluster.waiting import WAITING
-from chatlearn.errors import CheckpointError, WorkerError
+from chatlearn.errors import CheckpointError, RunError, WorkerError
 
 LOOK_EVERY_S = 0.2  # Between two looks at a file system that others may need.
+SEE_OUT_S = 300.0  # Large checkpoints take minutes; for longer no failed run should keep its machines.
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,22 @@ class Archive:
         if self._failure is not None:
             raise self._failure
 
+    def see_out(self, error: RunError, heartbeat: Callable[[], None]) -> None:
+        """Let what is on its way arrive although ``error`` ends the run: for a while, as long as all ranks live.
+
+        Asks nobody to stop computing. ``heartbeat`` may raise to stop the wait.
+        """
+        draft = self._draft
+        if draft is None:
+            return
+        self._tell(f"the run ends: {error}. Checkpoint {draft.iteration} is being written, and gets its time for that")
+        deadline = time.monotonic() + SEE_OUT_S
+        signs = [reference for reference, _ in self._trainers.start("saving_fault", [()] * len(self._trainers.members))]
+        while self._draft is not None and time.monotonic() < deadline and not _tells_of_death(signs):
+            time.sleep(LOOK_EVERY_S)
+            heartbeat()
+            self.advance()
+
     def mourn(self, iteration: int, error: CheckpointError) -> None:
         """Tell of a checkpoint that is not to be."""
         self._failure = error
@@ -142,3 +163,13 @@ class Archive:
         self._draft = None
         shutil.rmtree(draft.staging, ignore_errors=True)  # A rank may be writing still: the next one clears the rest.
         self.mourn(draft.iteration, error)
+
+
+def _tells_of_death(signs: Sequence[Any]) -> bool:
+    """Whether one of these questions will have no answer; who computes has not answered yet."""
+    ready, _ = ray.wait(list(signs), num_returns=len(signs), timeout=0)
+    try:
+        ray.get(ready)
+    except RayError:
+        return True
+    return False

@@ -13,8 +13,9 @@ from chatlearn.config.text import resolved_leaves, resolved_text
 
 # "data": harmful, and the saved position in the data means another place or none. "harmful": the saved state would mean
 # something else. "content": a name; what it stands for is compared by its content elsewhere. "harmless": listed.
+# "answers": listed, and answers that are under way are given up, since they were sampled, judged or cut off otherwise.
 # "start": about one start alone, so that nothing has changed.
-Kind = Literal["data", "harmful", "content", "harmless", "start"]
+Kind = Literal["data", "harmful", "content", "harmless", "answers", "start"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,12 @@ TRAINER: Final = "models.policy_trainer"
 OPTIMIZER: Final = "models.policy_trainer.optimizer"
 LORA: Final = "models.policy_trainer.lora"
 REFERENCE: Final = "models.ref_policy"
+PARTIAL: Final = "models.partial_rollout_manager"
 
 _SHARDS: Final = "shards are read by any number of ranks, in any arrangement"
 _SPEED: Final = "changes how it is computed, and not what"
 _WISH: Final = "a wish for the steps to come, like the learning rate; the saved state means what it meant"
-_ANSWERS: Final = "new answers are sampled with the new value"
+_SAMPLED: Final = "the trainer would take answers that were sampled with the old value for answers of the new one"
 _MEASURES: Final = "changes what is measured, and nothing that is learned"
 _WRITES: Final = "changes what is written, and when"
 _CARE: Final = "changes when help comes, and no number"
@@ -88,7 +90,6 @@ VERDICTS: Final[tuple[Verdict, ...]] = (
         "final_clip_ratio",
         "entropy_coef",
         "kl_coef",
-        "router_replay",
     ),
     *_verdicts(
         "harmless",
@@ -117,29 +118,32 @@ VERDICTS: Final[tuple[Verdict, ...]] = (
     ),
     *_verdicts("harmless", "saved moments are rounded to it, or kept", OPTIMIZER, "state_dtype"),
     *_verdicts("harmless", "the policy is kept near another model from now on", REFERENCE, "load"),
-    *_verdicts("harmless", "answers are graded in the new way from now on", "models.reward", "function", "deadline_s"),
+    *_verdicts("harmless", "answers are graded with the new deadline from now on", "models.reward", "deadline_s"),
+    *_verdicts("harmless", "answers that it does not allow are asked anew", RUNTIME, "max_staleness"),
+    *_verdicts("harmless", "from now on so many siblings are waited for", PARTIAL, "mini_response_per_prompt"),
+    # What answers under way were sampled, judged or cut off by.
     *_verdicts(
-        "harmless",
-        "prompts in flight are asked again, in the new way",
+        "answers",
+        "another schedule does not go on with what this one has begun",
         RUNTIME,
         "schedule",
-        "max_staleness",
         "over_sampling_ratio",
         "use_partial_rollout",
     ),
     *_verdicts(
-        "harmless",
-        "prompts in flight are asked again, in the new way",
-        "models.partial_rollout_manager",
+        "answers",
+        "the budgets of rounds before and after would not add up to one answer",
+        PARTIAL,
         "max_rollout_round",
         "rollout_ratio",
-        "mini_response_per_prompt",
     ),
+    *_verdicts("answers", "siblings would be compared by two measures", "models.reward", "function"),
+    *_verdicts("answers", "answers from before may not say which experts they went to", TRAINER, "router_replay"),
+    *_verdicts("answers", "an answer may be longer than is allowed now", POLICY, "max_response_tokens_length"),
     *_verdicts(
-        "harmless",
-        _ANSWERS,
+        "answers",
+        _SAMPLED,
         POLICY,
-        "max_response_tokens_length",
         "temperature",
         "top_p",
         "top_k",
@@ -148,7 +152,7 @@ VERDICTS: Final[tuple[Verdict, ...]] = (
         "frequency_penalty",
         "repetition_penalty",
     ),
-    *_verdicts("harmless", _ANSWERS, RUNTIME, "rollout_backend"),
+    *_verdicts("answers", "another engine computes other probabilities", RUNTIME, "rollout_backend"),
     # How it is computed.
     *_verdicts("harmless", "state is saved in float32 and moves to any device", RUNTIME, "device"),
     *_verdicts("harmless", _SPEED, RUNTIME, "colocation", "train_micro_batch_size"),

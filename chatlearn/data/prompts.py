@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class PromptSet:
     """The prompts of some files, in the order of the files, without those that are too long.
 
     ``longest`` is the length of the longest prompt that was read, dropped or not. ``content_hash`` changes when the
-    files change.
+    files change, ``tokens_digest`` when the prompts do, as with another tokenizer or chat template.
     """
 
     prompts: tuple[Prompt, ...]
@@ -66,6 +67,7 @@ class PromptSet:
     longest: int  # tokens
     limit: int  # tokens; every prompt is shorter
     content_hash: str
+    tokens_digest: str
 
     @property
     def summary(self) -> str:
@@ -115,7 +117,18 @@ def read_prompts(paths: str, chat: ChatFormat, max_prompt_tokens_length: int) ->
             f"{longest}); raise models.policy.max_prompt_tokens_length"
         )
     num_dropped = len(questions) - len(prompts)
-    return PromptSet(prompts, num_dropped, longest, max_prompt_tokens_length, content_hash(files))
+    return PromptSet(
+        prompts, num_dropped, longest, max_prompt_tokens_length, content_hash(files), _tokens_digest(prompts)
+    )
+
+
+def _tokens_digest(prompts: Sequence[Prompt]) -> str:
+    """Equal as long as the same prompts, by uid, have the same tokens."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(f"{prompt.uid} {len(prompt.token_ids)} ".encode())
+        digest.update(prompt.token_ids.tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _read_questions(file_index: int, path: Path) -> list[_Question]:

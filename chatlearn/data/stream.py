@@ -61,6 +61,12 @@ class PromptStream:
 
     def give_back(self, taken: Sequence[Prompt]) -> None:
         """Let the next ``take`` begin with these prompts, which nothing came of."""
+        unknown = [prompt.uid for prompt in taken if prompt.uid not in self._places]
+        if unknown:
+            raise DataError(
+                f"the prompt {unknown[0]}, which was being answered when the checkpoint was saved, is not among the "
+                f"{len(self._prompts)} prompts; the data, the tokenizer or max_prompt_tokens_length has changed since"
+            )
         self._deferred = (*(self._places[prompt.uid] for prompt in taken), *self._deferred)
 
     def take(self, count: int) -> list[Prompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -48,6 +49,11 @@ class Child:
         self.process.kill()
         self.process.wait()
         see_out(family)
+
+    def require_killed(self) -> None:
+        """Raise ``RunError`` where it had come to an end by itself: then nothing was interrupted."""
+        if self.process.returncode != -signal.SIGKILL:
+            raise RunError("the run was over before it could be killed; use a smaller --cut, or more --episodes")
 
     def last_lines(self) -> str:
         """What it said at last."""

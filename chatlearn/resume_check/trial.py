@@ -62,6 +62,9 @@ class Trial:
             f"{RUNTIME}.num_episode": str(self.episodes),
             f"{RUNTIME}.save_episode_interval": str(self.cut),
             f"{RUNTIME}.keep_checkpoints": "0",
+            # All are kept anyway, and there is none to go back to.
+            f"{RUNTIME}.keep_best": "null",
+            f"{RUNTIME}.load_data_checkpoint_iteration": "null",
             f"{RUNTIME}.enable_resume_training": "True",
             f"{RUNTIME}.save_rollouts": "True",
             f"{RUNTIME}.data_checkpoint_path": str(output / "data_checkpoint_path"),
@@ -69,13 +72,15 @@ class Trial:
             f"{LOG}.enable_wandb": "False",
         }
 
+    def words(self, output: Path) -> list[str]:
+        """The overrides of the run that writes to ``output``: those of the user, and ours."""
+        words = [f"{key}={value}" for key, value in self.settings(output).items()]
+        return [*self.overrides, *words, f"{RUNTIME}.output_dir={output}"]
+
     def command(self, output: Path) -> list[str]:
         """The command line that trains into ``output``; a repetition of it goes on from there."""
-        words = [f"{key}={value}" for key, value in self.settings(output).items()]
-        return [
-            *(sys.executable, str(ENTRYPOINT), "grpo", "--config-file", str(self.file)),
-            *(*self.overrides, *words, f"{RUNTIME}.output_dir={output}"),
-        ]
+        start = (sys.executable, str(ENTRYPOINT), "grpo", "--config-file", str(self.file))
+        return [*start, *self.words(output)]
 
 
 def trial_of(config: GrpoConfig, file: Path, overrides: Sequence[str], episodes: int, cut: int) -> Trial:

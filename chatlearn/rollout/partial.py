@@ -94,7 +94,7 @@ class PartialPool:
 
     def budget(self, group: PartialGroup) -> int:
         """Tokens that its answers may grow by now."""
-        return self._rounds.budgets[min(group.round, self._rounds.last)]  # There may have been more rounds once.
+        return self._rounds.budgets[group.round]
 
     def enter(self, group: PartialGroup, graded: Graded) -> None:
         """The answers of a round."""

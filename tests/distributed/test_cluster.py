@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,14 @@ from pathlib import Path
 import pytest
 import ray
 
+from chatlearn.checkpoint.durable import write_text
+from chatlearn.cluster.archive import Archive, Draft
 from chatlearn.cluster.cluster import Cluster, ClusterSpec, Place, Troupe
 from chatlearn.cluster.fanout import Group
 from chatlearn.cluster.interruption import Interrupted, Interruption
 from chatlearn.cluster.placement import Demand
 from chatlearn.cluster.seat import Arrival, Seat, arrive, take_seat
-from chatlearn.errors import ConfigError, DataError, WorkerError
+from chatlearn.errors import ConfigError, DataError, RunError, WorkerError
 
 # Ray leaves its own pipes and sockets to the interpreter's end.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -54,6 +57,12 @@ class Worker:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+    def begin_save(self, staging: Path, in_background: bool) -> None:
+        """The test writes in our place."""
+
+    def saving_fault(self) -> str | None:
+        return None
 
     def close(self) -> None:
         return None
@@ -135,6 +144,28 @@ def test_an_actor_that_cannot_be_built_says_why(cluster: Cluster) -> None:
     place = Place(cluster.placement.slots[0], 0, 1, (), here)
     with pytest.raises(WorkerError, match=r"broken rank 0 .* failed: its start failed: .*no such thing"):
         cluster.spawn([Troupe("broken", Broken, [place])])
+
+
+def test_a_checkpoint_arrives_although_the_run_ends_by_an_error_and_nobody_waits_for_the_dead(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chatlearn.cluster.archive.SEE_OUT_S", 60.0)
+    trainers, done, said = spawned(cluster), list[str](), list[str]()
+    archive = Archive(trainers, None, said.append, in_background=True)
+    archive.see_out(RunError("no engine is left"), cluster.heartbeat)
+    assert said == [], "nothing was being written"
+    for name, end in (("first", trainers.members), ("second", trainers.members[:1])):
+        staging = tmp_path / name
+        archive.begin(Draft(7, staging, None, lambda _, name=name: done.append(name)))
+        for member in end:
+            write_text(staging / "reports" / f"rank_{member.rank}.json", '{"files": []}')
+        if len(end) == 1:
+            os.kill(trainers.members[1].pid, signal.SIGKILL)
+        begun = time.monotonic()
+        archive.see_out(RunError("no engine is left"), cluster.heartbeat)
+        assert time.monotonic() - begun < 30
+    assert done == ["first"]
+    assert said == ["the run ends: no engine is left. Checkpoint 7 is being written, and gets its time for that"] * 2
 
 
 def test_actors_json_tells_who_is_there(cluster: Cluster, group: Group, folder: Path) -> None:

@@ -121,6 +121,12 @@ def test_a_position_of_other_data_is_refused(position: StreamPosition) -> None:
         PromptStream(make_prompts(5), seed=1, shuffle=True, position=position)
 
 
+def test_a_prompt_of_other_data_cannot_be_given_back() -> None:
+    stream = PromptStream(make_prompts(3), seed=1, shuffle=True)
+    with pytest.raises(DataError, match=r"the prompt 0_3, .* is not among the 3 prompts; the data, the tokenizer or"):
+        stream.give_back(make_prompts(5)[2:])
+
+
 def test_no_prompts_no_stream() -> None:
     with pytest.raises(DataError, match="no prompts"):
         PromptStream([], seed=1, shuffle=True)

@@ -22,21 +22,23 @@ from chatlearn.algorithm.advantage import ADVANTAGES
 from chatlearn.algorithm.logprob import token_logprobs_and_entropy
 from chatlearn.beginning import FRESH, resume, state_found
 from chatlearn.checkpoint.hugging_face import write_hugging_face
+from chatlearn.checkpoint.manifest import Provenance
 from chatlearn.cluster.archive import Draft
 from chatlearn.config.environment import Environment
 from chatlearn.config.layout import Layout, layout_of
 from chatlearn.config.read import read_config
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.config.text import resolved_text
-from chatlearn.episode import compare
+from chatlearn.data.stream import StreamPosition
+from chatlearn.episode import compare, state_after
 from chatlearn.observability.journal import Journal
-from chatlearn.provenance import provenance_of
 from chatlearn.records import Completion, Graded, Prompt, Rollout, Score, VersionRun
 from chatlearn.saving import save
 from chatlearn.team import Team
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "embedded" / "tiny_qwen3"
+PROVENANCE = Provenance("data", "model", "prompts")
 
 
 def configured(*overrides: str) -> tuple[GrpoConfig, Layout]:
@@ -107,7 +109,7 @@ def team_of(config: GrpoConfig, layout: Layout, trainer: OneNumber) -> Team:
             lora=None,
             checkpoint_bytes=0,
             config_text=resolved_text(config),
-            provenance=provenance_of(config, layout),
+            provenance=PROVENANCE,
         ),
     )
 
@@ -115,10 +117,8 @@ def team_of(config: GrpoConfig, layout: Layout, trainer: OneNumber) -> Team:
 @pytest.mark.parametrize("num_epochs", [1, 2])
 def test_a_run_goes_on_from_the_weights_of_its_last_step(tmp_path: Path, num_epochs: int) -> None:
     """The original named a checkpoint by the step and looked for it by the episode: it went on from other weights."""
-    (tmp_path / "train.json").write_text("what is in it does not matter, as long as it stays\n")
     config, layout = configured(
         f"runtime_args.output_dir={tmp_path}",
-        f"runtime_args.data_path={tmp_path / 'train.json'}",
         "runtime_args.sample_per_episode=512",
         "runtime_args.train_global_batch_size=128",
         f"runtime_args.num_training_epoch={num_epochs}",
@@ -131,11 +131,28 @@ def test_a_run_goes_on_from_the_weights_of_its_last_step(tmp_path: Path, num_epo
         trainer.weights = 100 * episode
         save(team_of(config, layout, trainer), state, journal)
 
-    found, resumed = state_found(config, layout), OneNumber()
+    found, resumed = state_found(config, layout, PROVENANCE), OneNumber()
     resume(team_of(config, layout, resumed), found, journal)
     assert (found.episode, found.train_iteration) == (3, 3 * layout.steps_per_episode)
     assert resumed.weights == 300
     assert (layout.folders.save_model / str(found.train_iteration)).is_dir()
+
+
+def test_an_episode_without_a_step_is_saved_in_the_place_of_the_one_with_the_same_weights(tmp_path: Path) -> None:
+    """Partial rollout has such episodes; where the last one was not saved, the same command ran it again for ever."""
+    config, layout = configured(f"runtime_args.output_dir={tmp_path}")
+    team, journal = team_of(config, layout, OneNumber(7)), cast("Journal", SilentJournal())
+    first = replace(FRESH, episode=1, train_iteration=1, offset=64, evaluation={"eval/x/avg@1": 0.5})
+    second = state_after(first, 0, StreamPosition(0, 128, ()))
+    for state in (first, first, second):
+        save(team, state, journal)
+    found = state_found(config, layout, PROVENANCE)
+    assert (found.episode, found.train_iteration, found.offset) == (2, 1, 128)
+    assert found.evaluation == first.evaluation, "what the best checkpoint is known by"
+    assert state_after(first, 1, StreamPosition()).evaluation == {}
+    published = (layout.folders.save_model / "1" / "checkpoint.json").stat().st_ino
+    save(team, second, journal)
+    assert (layout.folders.save_model / "1" / "checkpoint.json").stat().st_ino == published, "saved already"
 
 
 # --- W3: an answer is compared with its siblings of this episode and nobody else --------------------------------------

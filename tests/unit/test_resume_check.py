@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -27,7 +28,8 @@ from chatlearn.config.layout import TRAINER_CHECKPOINTS
 from chatlearn.config.read import read_config
 from chatlearn.errors import ConfigError, RunError
 from chatlearn.observability.describe import is_measured
-from chatlearn.resume_check.child import started
+from chatlearn.resume_check.child import Child, started
+from chatlearn.resume_check.command import metrics_at_save, require_gone_on, require_proof
 from chatlearn.resume_check.comparison import Kind, compare_runs
 from chatlearn.resume_check.parting import Parting, parting
 from chatlearn.resume_check.trial import OWNER_NAME, Trial, prepare_folder, trial_of
@@ -236,7 +238,10 @@ def trial(output: Path, *overrides: str, episodes: int = 3, cut: int = 1) -> Tri
 
 
 def test_both_runs_are_told_the_same_and_stay_in_the_folder_of_the_check(tmp_path: Path) -> None:
-    check = trial(tmp_path, "runtime_args.seed=7", f"runtime_args.data_checkpoint_path={tmp_path}/mine")
+    mine = ("runtime_args.seed=7", f"runtime_args.data_checkpoint_path={tmp_path}/mine")
+    going_back = "runtime_args.load_data_checkpoint_iteration=4"
+    best = ("runtime_args.keep_best=eval/x/avg@1", "runtime_args.eval_episode_interval=20")  # the last of the file's
+    check = trial(tmp_path, *mine, going_back, *best)
     configs = [
         read_config(QUICKSTART, check.command(output)[5:]) for output in (check.uninterrupted, check.interrupted)
     ]
@@ -253,6 +258,7 @@ def test_both_runs_are_told_the_same_and_stay_in_the_folder_of_the_check(tmp_pat
         )
         assert runtime.data_checkpoint_path == f"{runtime.output_dir}/data_checkpoint_path"
         assert not runtime.log_args_dict.enable_tensorboard
+        assert (runtime.keep_best, runtime.load_data_checkpoint_iteration) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +313,46 @@ def test_a_run_that_is_over_before_it_is_killed_proves_nothing(tmp_path: Path) -
         started([sys.executable, "-c", ""], tmp_path / "log") as child,
     ):
         child.wait_for(lambda: False, "it never saved")
+
+
+def test_a_run_that_ended_by_itself_was_not_killed(tmp_path: Path) -> None:
+    """Also one that saved what was waited for, and was gone before the signal came."""
+    with (
+        pytest.raises(RunError, match="over before it could be killed"),
+        started([sys.executable, "-c", ""], tmp_path / "log") as child,
+    ):
+        see_ended(child)
+        child.kill()
+        child.require_killed()
+
+
+def see_ended(child: Child) -> None:
+    while psutil.Process(child.process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+
+
+def test_a_run_that_began_anew_is_no_resume(resumed: Path) -> None:
+    metrics = resumed / "metrics.jsonl"
+    begun = metrics_at_save(resumed)
+    assert begun == metrics.read_bytes()[:300]
+    require_gone_on(resumed, begun)
+    metrics.write_text(metrics.read_text().replace('"time/train": 0.3', '"time/train": 0.31', 1))
+    with pytest.raises(RunError, match="did not go on from its checkpoint, but began anew"):
+        require_gone_on(resumed, begun)
+
+
+def test_where_a_part_was_not_compared_nothing_is_proved(tmp_path: Path) -> None:
+    check = trial(tmp_path, episodes=2, cut=1)
+    for run in (check.uninterrupted, check.interrupted):
+        leave_run(run, step_s=0.2)
+    require_proof(compare_runs(check.uninterrupted, check.interrupted), check)
+    for run in (check.uninterrupted, check.interrupted):
+        shutil.rmtree(run / "rollouts")
+        shutil.rmtree(run / TRAINER_CHECKPOINTS / "2")
+    compared = compare_runs(check.uninterrupted, check.interrupted)
+    assert compared.equal
+    with pytest.raises(RunError, match="to compare of data order, rollouts, a checkpoint after episode 2"):
+        require_proof(compared, check)
 
 
 def test_killing_takes_everybody_along(tmp_path: Path) -> None:

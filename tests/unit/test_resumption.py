@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from minimal import MINIMAL
 from omegaconf import OmegaConf
 
@@ -29,6 +30,25 @@ HARMFUL = {
     "models.policy_trainer.lora.rank",
     "models.policy_trainer.lora.alpha",
 }
+# What decides which answers an engine gives, how many tokens they may have, and what they are worth.
+ANSWERS = {
+    "runtime_args.schedule",
+    "runtime_args.over_sampling_ratio",
+    "runtime_args.use_partial_rollout",
+    "runtime_args.rollout_backend",
+    "models.partial_rollout_manager.max_rollout_round",
+    "models.partial_rollout_manager.rollout_ratio",
+    "models.policy.max_response_tokens_length",
+    "models.policy.temperature",
+    "models.policy.top_p",
+    "models.policy.top_k",
+    "models.policy.min_p",
+    "models.policy.presence_penalty",
+    "models.policy.frequency_penalty",
+    "models.policy.repetition_penalty",
+    "models.policy_trainer.router_replay",
+    "models.reward.function",
+}
 
 
 def test_every_key_of_the_schema_has_one_verdict_with_a_reason() -> None:
@@ -36,12 +56,16 @@ def test_every_key_of_the_schema_has_one_verdict_with_a_reason() -> None:
     assert [key for key, times in Counter(verdict.key for verdict in VERDICTS).items() if times > 1] == []
     assert [verdict.key for verdict in VERDICTS if len(verdict.reason) < 15] == []
     assert {verdict.key for verdict in VERDICTS if verdict.kind in ("harmful", "data")} == HARMFUL
+    assert {verdict.key for verdict in VERDICTS if verdict.kind == "answers"} == ANSWERS
 
 
-def test_the_page_names_every_harmful_key_and_no_other() -> None:
+@pytest.mark.parametrize(
+    ("heading", "keys"), [("why", HARMFUL), ("why nobody goes on with answers under way", ANSWERS)]
+)
+def test_the_page_names_every_harmful_key_and_no_other(heading: str, keys: set[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
-    (table,) = re.findall(r"^\| key \| why \|\n\|[- |]+\|\n((?:\|.*\n)+)", page, re.MULTILINE)
-    assert set(re.findall(r"`([\w.]+)`", table)) == HARMFUL
+    (table,) = re.findall(rf"^\| key \| {heading} \|\n\|[- |]+\|\n((?:\|.*\n)+)", page, re.MULTILINE)
+    assert set(re.findall(r"`([\w.]+)`", table)) == keys
 
 
 def other(value: object) -> object:
