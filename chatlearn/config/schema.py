@@ -46,7 +46,7 @@ class LogArgs(Section):
     wandb_name: Text | None = None
     """Name of the run at Weights & Biases; `exp_name` where absent."""
     wandb_id: Text | None = None
-    """Identity of the run at Weights & Biases; a run with the same one is continued."""
+    """Identity of the run at Weights & Biases; a run with the same one is continued. Where absent it has its own."""
     wandb_resume: Literal["allow", "never", "must", "auto"] = "allow"
     """What to do when a run with this identity exists."""
 
