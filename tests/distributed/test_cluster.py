@@ -15,7 +15,7 @@ from chatlearn.cluster.cluster import Cluster, ClusterSpec, Place, Troupe
 from chatlearn.cluster.fanout import Group
 from chatlearn.cluster.interruption import Interrupted, Interruption
 from chatlearn.cluster.placement import Demand
-from chatlearn.cluster.seat import Arrival, Seat, arrive, take_seat
+from chatlearn.cluster.seat import Arrival, Seat, arrive, forget_meetings, meeting_place, take_seat
 from chatlearn.errors import ConfigError, DataError, WorkerError
 
 # Ray leaves its own pipes and sockets to the interpreter's end.
@@ -135,6 +135,16 @@ def test_an_actor_that_cannot_be_built_says_why(cluster: Cluster) -> None:
     place = Place(cluster.placement.slots[0], 0, 1, (), here)
     with pytest.raises(WorkerError, match=r"broken rank 0 .* failed: its start failed: .*no such thing"):
         cluster.spawn([Troupe("broken", Broken, [place])])
+
+
+def test_only_the_files_that_ranks_met_by_are_forgotten(tmp_path: Path) -> None:
+    for rank in range(2):
+        seat = Seat("policy_trainer", rank, 2, 1, (), str(tmp_path / f"policy_trainer_{rank}.log"), one_host=True)
+        Path(meeting_place(seat).removeprefix("file://")).touch()
+        Path(seat.log_file).touch()
+    assert len(list(tmp_path.iterdir())) == 4
+    forget_meetings(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy_trainer_0.log", "policy_trainer_1.log"]
 
 
 def test_actors_json_tells_who_is_there(cluster: Cluster, group: Group, folder: Path) -> None:
