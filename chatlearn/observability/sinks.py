@@ -99,15 +99,10 @@ class JsonLinesSink:
         """Append the line of ``step``."""
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps({"step": step, "time": time.time(), "schema": SCHEMA_VERSION, **numbers})
-        try:
+        with blaming("jsonl", OSError, at=self._path):
             self._file.write(line + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise RunError(
-                f"the metrics sink 'jsonl' failed: {self._path}: {error}. No episode counts without its numbers on the "
-                "disk, so the run ends here; make room there, and the same command goes on from the last checkpoint"
-            ) from error
 
     def close(self) -> None:
         """Close the file; everything is on the disk already, but for a line of which that was said."""
@@ -122,14 +117,15 @@ class TensorBoardSink:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         assert spec.tensorboard_dir is not None, "chosen without a folder"
+        self._folder = spec.tensorboard_dir
         # A run that begins anew may find points too: of one that was killed before its first checkpoint.
         purge_step = 0 if spec.resume_after is None else spec.resume_after + 1
         with blaming("tensorboard", OSError):
-            self._writer = SummaryWriter(log_dir=str(spec.tensorboard_dir), purge_step=purge_step)
+            self._writer = SummaryWriter(log_dir=str(self._folder), purge_step=purge_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One scalar per number, flushed so that a watching TensorBoard shows the episode at once."""
-        with blaming("tensorboard", OSError):
+        with blaming("tensorboard", OSError, at=self._folder):
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
@@ -259,9 +255,14 @@ def wandb_id(directory: Path, spec: WandbSpec, *, resumed: bool) -> str | None:
 
 
 @contextmanager
-def blaming(sink: str, *errors: type[Exception]) -> Generator[None]:
-    """Turn a sink's own errors into one that tells which sink it was."""
+def blaming(sink: str, *errors: type[Exception], at: Path | None = None) -> Generator[None]:
+    """Turn a sink's own errors into one that tells which sink it was, and where numbers of an episode are to go."""
     try:
         yield
     except errors as error:
-        raise RunError(f"the metrics sink '{sink}' failed: {error}") from error
+        if at is None:
+            raise RunError(f"the metrics sink '{sink}' failed: {error}") from error
+        raise RunError(
+            f"the metrics sink '{sink}' failed: {at}: {error}. No episode counts without its numbers on the disk, so "
+            "the run ends here; make room there, and the same command goes on from the last checkpoint"
+        ) from error
