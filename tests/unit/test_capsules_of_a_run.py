@@ -118,12 +118,12 @@ def test_those_of_an_earlier_life_are_the_oldest(tmp_path: Path) -> None:
 
 
 def test_what_is_no_capsule_of_the_interval_is_never_deleted(tmp_path: Path) -> None:
-    for iteration in (1, 2):
-        (tmp_path / f"iteration_{iteration:06d}").mkdir()
-    (tmp_path / "iteration_000001" / "capsule.json").write_text("{")
-    (tmp_path / "iteration_000003.copy").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "capsule.json").write_text(json.dumps({"reason": INTERVAL}))
+    recorded = json.dumps({"reason": INTERVAL})
+    contents = {"iteration_000001": "{", "iteration_000003.copy": recorded, "elsewhere": recorded}
+    for name, content in {**contents, "iteration_000005": recorded}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "capsule.json").write_text(content)
+    (tmp_path / "iteration_000002").mkdir()
     (tmp_path / "iteration_000004").symlink_to(tmp_path / "elsewhere")
     before = files_below(tmp_path)
     prune(tmp_path, iteration=9, keep=1)
@@ -153,6 +153,7 @@ def test_a_capsule_that_does_not_fit_is_told_of_takes_no_room_and_ends_nothing(t
     life.step(1)
     with no_file_beyond(room):
         life.step(2)
+    assert list(kept(tmp_path)) == [1]
     life.step(3)
     assert list(kept(tmp_path)) == [1, 3]
     (said,) = [said for said in life.page.said if "is not kept" in said]
