@@ -21,6 +21,7 @@ from chatlearn.config.text import resolved_text
 from chatlearn.errors import CheckpointError, ConfigError
 from chatlearn.observability.journal import Journal
 from chatlearn.observability.manifest import RunFacts, write_manifest
+from chatlearn.observability.sinks import last_step, metrics_path
 from chatlearn.provenance import compare, problems_of, remarks_of
 from chatlearn.recipe import lora_spec
 from chatlearn.specs import journal_spec
@@ -143,6 +144,13 @@ def announce(text: str) -> None:
     Console(stderr=True, highlight=False).print(text, soft_wrap=True, markup=False)
 
 
+def _tell_of_a_start_again(output: Path, state: RunState) -> None:
+    """A run that was ended before its first checkpoint has left numbers, and nothing to go on from."""
+    num_episodes = last_step(metrics_path(output)) or 0 if state.episode == 0 else 0
+    if num_episodes > 0:
+        announce(f"{output} holds {num_episodes} episodes of a run that saved no checkpoint; they are begun anew")
+
+
 @contextmanager
 def open_journal(config: GrpoConfig, layout: Layout, state: RunState) -> Generator[Journal]:
     """Write what the run is made of, and open its journal after the last episode that counts."""
@@ -150,6 +158,7 @@ def open_journal(config: GrpoConfig, layout: Layout, state: RunState) -> Generat
     if state.gone_back_to == state.train_iteration:  # Metrics of what is given up are forgotten below, too.
         for folder in newer_than(layout.folders.save_model, state.train_iteration):
             set_aside(folder, ABANDONED)
+    _tell_of_a_start_again(output, state)
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "config.yaml", resolved_text(config))
     data = [*runtime.data_path.split(","), *(runtime.eval_data_path or "").split(",")]

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from chatlearn.algorithm.advantage import AdvantageFn
-from chatlearn.checkpoint.capsule import BAD_STEP, CapsuleFacts, Reason
+from chatlearn.checkpoint.capsule import BAD_STEP, INTERVAL, CapsuleFacts
 from chatlearn.checkpoint.run_state import RunState
 from chatlearn.config.schedule import ScheduleName
 from chatlearn.data.stream import StreamPosition
@@ -21,7 +21,7 @@ from chatlearn.gate import check_numerics
 from chatlearn.observability.describe import describe_evaluation, describe_rollouts, describe_versions
 from chatlearn.observability.journal import Page
 from chatlearn.records import Completion, Graded, OpenGroup, Prompt, Sample, Score, StepStats
-from chatlearn.saving import begin_capsule, finish_capsule, is_due
+from chatlearn.saving import begin_capsule, finish_capsule, is_due, require_finite_steps
 from chatlearn.team import Team
 from chatlearn.weights.wire import TransferStats
 
@@ -83,19 +83,19 @@ def study(team: Team, page: Page, state: RunState, samples: list[Sample]) -> int
 def learn(team: Team, page: Page, batch: Sequence[Sample], episode: int, iteration: int) -> StepStats:
     """One optimizer step. What it consumed is kept where that is asked for, and always when the step went wrong."""
     is_asked_for = is_due(iteration, team.args.capsule_interval)
-    if is_asked_for:
-        begin_capsule(team, page, iteration)
+    is_begun = is_asked_for and begin_capsule(team, page, iteration)
     stats = team.trainer.step(batch, iteration)
     went_wrong = not isfinite(stats.grad_norm)
     if went_wrong:
         page.say(f"step {iteration} was skipped on all ranks: the norm of its gradient is {stats.grad_norm}")
         if not is_asked_for:  # No rank has moved: the weights are still those that the step began with.
-            begin_capsule(team, page, iteration)
-    if is_asked_for or went_wrong:
-        reason: Reason = BAD_STEP if went_wrong else "interval"
+            is_begun = begin_capsule(team, page, iteration)
+    if is_begun:
+        reason = BAD_STEP if went_wrong else INTERVAL
         finish_capsule(
             team, page, batch, CapsuleFacts(iteration, episode, reason, team.layout.trainer.num_ranks, stats)
         )
+    require_finite_steps(team, iteration)
     return stats
 
 

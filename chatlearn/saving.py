@@ -104,27 +104,54 @@ def _draft(team: Team, state: RunState, journal: Journal, staging: Path) -> Draf
     return Draft(state.train_iteration, staging, export, complete)
 
 
-def begin_capsule(team: Team, page: Page, iteration: int) -> None:
-    """Begin to keep what a step consumes: the weights, which must be those that the step begins with."""
+def begin_capsule(team: Team, page: Page, iteration: int) -> bool:
+    """Begin to keep what a step consumes: the weights, which must be those that the step begins with.
+
+    Returns whether that could be done. What is kept is for people: a full disk is told of, and ends no run.
+    """
     with page.phase("capsule"):
-        staging = capsule.begin_capsule(_capsules(team), iteration)
-        team.trainer.save_capsule(Path(team.layout.trainer.load), staging)
+        try:
+            staging = capsule.begin_capsule(_capsules(team), iteration)
+            team.trainer.save_capsule(Path(team.layout.trainer.load), staging)
+        except CheckpointError as error:
+            _give_up_capsule(team, page, iteration, error)
+            return False
+    return True
 
 
 def finish_capsule(team: Team, page: Page, samples: Sequence[Sample], facts: capsule.CapsuleFacts) -> None:
-    """Add the rest, and tell how it can be run again.
-
-    Raises ``RunError`` when steps keep going wrong: nothing is learned any more, and capsules would fill the disk.
-    """
+    """Add the rest, and tell how it can be run again; of those of the interval the oldest goes."""
+    root = _capsules(team)
     with page.phase("capsule"):
-        folder = capsule.publish_capsule(_capsules(team), facts, samples, team.config_text)
-    page.say(f"what step {facts.iteration} consumed is kept; run it again with: chatlearn replay {folder}")
-    if capsule.num_bad_in_a_row(_capsules(team), facts.iteration) >= MAX_BAD_STEPS:
-        raise RunError(
-            f"the gradients of the last {MAX_BAD_STEPS} optimizer steps, up to step {facts.iteration}, are not finite, "
-            f"and the steps were skipped; chatlearn replay {folder} names the parameters. Lower "
-            "models.policy_trainer.optimizer.lr, or go back with runtime_args.load_data_checkpoint_iteration"
-        )
+        try:
+            folder = capsule.publish_capsule(root, facts, samples, team.config_text)
+        except CheckpointError as error:
+            _give_up_capsule(team, page, facts.iteration, error)
+            return
+        page.say(f"what step {facts.iteration} consumed is kept; run it again with: chatlearn replay {folder}")
+        try:
+            with failures_named(root):
+                capsule.prune(root, facts.iteration, team.args.keep_checkpoints)
+        except CheckpointError as error:
+            page.say(f"older capsules stay: {error}")
+
+
+def _give_up_capsule(team: Team, page: Page, iteration: int, error: CheckpointError) -> None:
+    capsule.discard_capsule(_capsules(team), iteration)
+    page.say(f"what step {iteration} consumed is not kept: {error}. The run goes on")
+
+
+def require_finite_steps(team: Team, iteration: int) -> None:
+    """Raise ``RunError`` when steps keep going wrong, up to ``iteration``: nothing is learned any more."""
+    if team.trainer.num_bad_in_a_row < MAX_BAD_STEPS:
+        return
+    folder = capsule.capsule_folder(_capsules(team), iteration)
+    look = f"; chatlearn replay {folder} names the parameters" if folder.is_dir() else ""
+    raise RunError(
+        f"the gradients of the last {MAX_BAD_STEPS} optimizer steps, up to step {iteration}, are not finite, and the "
+        f"steps were skipped{look}. Lower models.policy_trainer.optimizer.lr, or go back with "
+        "runtime_args.load_data_checkpoint_iteration"
+    )
 
 
 def _capsules(team: Team) -> Path:

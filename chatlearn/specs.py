@@ -18,6 +18,7 @@ from chatlearn.cluster.crew import (
 )
 from chatlearn.cluster.posts import Patience
 from chatlearn.cluster.workers import Luggage
+from chatlearn.config.environment import wandb_run_id
 from chatlearn.config.layout import Layout, ShardedPlan
 from chatlearn.config.schema import GrpoConfig
 from chatlearn.models.pretrained import cache_bytes_per_token, read_configuration
@@ -134,7 +135,7 @@ def journal_spec(config: GrpoConfig, layout: Layout, state: RunState) -> Journal
         project=log.wandb_project,
         directory=layout.folders.wandb,
         name=log.wandb_name or runtime.exp_name,
-        run_id=log.wandb_id,
+        run_id=log.wandb_id or wandb_run_id(),
         resume=log.wandb_resume,
     )
     return JournalSpec(

@@ -20,7 +20,9 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from chatlearn.checkpoint.documents import inner, integer, objects, read_document, require_schema, text, texts
 from chatlearn.checkpoint.durable import (
+    STAGING_PREFIX,
     discard_staging,
     failures_named,
     files_below,
@@ -60,6 +63,9 @@ PACKAGES: Final = ("chatlearn", "torch", "transformers", "safetensors", "numpy",
 
 Reason = Literal["interval", "bad step"]
 BAD_STEP: Final[Reason] = "bad step"
+INTERVAL: Final[Reason] = "interval"
+
+_NAME: Final = re.compile(r"iteration_\d{6,}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -109,15 +115,21 @@ def capsule_folder(root: Path, iteration: int) -> Path:
 
 
 def begin_capsule(root: Path, iteration: int) -> Path:
-    """Make the staging folder of a capsule; the ranks write into what is returned."""
+    """Make the staging folder of a capsule; the ranks write into what is returned.
+
+    What a killed process had begun goes: there is one at a time.
+    """
     folder = capsule_folder(root, iteration)
     with failures_named(folder):
+        for begun in root.glob(f"{STAGING_PREFIX}iteration_*"):
+            discard_staging(root / begun.name.removeprefix(STAGING_PREFIX))
         return open_staging(folder)
 
 
 def discard_capsule(root: Path, iteration: int) -> None:
-    """Give up a capsule that was begun, and is not wanted any more."""
-    discard_staging(capsule_folder(root, iteration))
+    """Give up a capsule that was begun and cannot be finished, so that it takes no room."""
+    with suppress(OSError):  # On a disk that can only be read it stays; the next one of that step clears it.
+        discard_staging(capsule_folder(root, iteration))
 
 
 def write_weights(
@@ -134,6 +146,20 @@ def write_weights(
     if factors:
         with failures_named(staging):
             save_file(factors, staging / ADAPTER_NAME)
+
+
+def fault_of(write: Callable[[], None], *streams: Iterable[object]) -> str | None:
+    """Why ``write`` could not write, if so; what it left of the ``streams``, this rank walks all the same.
+
+    Returned and not raised: a rank that leaves would keep the others waiting for what they gather together.
+    """
+    fault = None
+    try:
+        write()
+    except CheckpointError as error:
+        fault = str(error)
+    walk(*streams)
+    return fault
 
 
 def walk(*streams: Iterable[object]) -> None:
@@ -177,16 +203,34 @@ def publish_capsule(root: Path, facts: CapsuleFacts, samples: Sequence[Sample], 
     return folder
 
 
-def num_bad_in_a_row(root: Path, iteration: int) -> int:
-    """How many steps in a row, ``iteration`` the last of them, are recorded as gone wrong."""
-    count = 0
-    while _went_wrong(capsule_folder(root, iteration - count) / CAPSULE_NAME):
-        count += 1
-    return count
+def prune(root: Path, iteration: int, keep: int) -> None:
+    """Delete all capsules of the interval but the newest ``keep`` (0 keeps all); those of bad steps stay.
+
+    What is called as a step after ``iteration``, the last one taken, is of an earlier life of the run: the oldest.
+    """
+    recorded = [folder for folder in numbered(root) if _reason(folder) == INTERVAL]
+    by_age = sorted(recorded, key=lambda folder: (_iteration(folder) <= iteration, _iteration(folder)))
+    for folder in by_age[:-keep] if keep > 0 else ():
+        folder.rename(staging_of(folder))  # A capsule is there whole or not at all.
+        discard_staging(folder)
 
 
-def _went_wrong(path: Path) -> bool:
-    return path.is_file() and read_document(path).get("reason") == BAD_STEP
+def numbered(root: Path) -> list[Path]:
+    """Every folder below ``root`` that is called as a capsule is; a link is somebody else's."""
+    return [path for path in root.glob("iteration_*") if _NAME.fullmatch(path.name) and not path.is_symlink()]
+
+
+def _iteration(folder: Path) -> int:
+    return int(folder.name.removeprefix("iteration_"))
+
+
+def _reason(folder: Path) -> object:
+    """Why it was kept; a folder that does not say so is left to people."""
+    path = folder / CAPSULE_NAME
+    try:
+        return read_document(path).get("reason") if path.is_file() else None
+    except CheckpointError:
+        return None
 
 
 def read_capsule(directory: Path) -> Capsule:

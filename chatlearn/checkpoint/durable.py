@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import zlib
 from collections.abc import Generator
@@ -12,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from chatlearn.errors import CheckpointError, UnreadableError
-from chatlearn.observability.whole_file import replacing
+from chatlearn.observability.whole_file import replacing, sync
 
 # No other program makes folders with these names, so whatever has one is ours to delete.
 STAGING_PREFIX = ".chatlearn-staging-"
@@ -57,16 +56,6 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing(path) as file:
         file.write(text)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Return when the file's bytes, or the folder's list of names, have reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checksum(path: Path) -> str:

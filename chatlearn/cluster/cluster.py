@@ -17,13 +17,14 @@ from ray.exceptions import RayError
 
 from chatlearn.cluster.fanout import Group, Member, call, collect
 from chatlearn.cluster.placement import Demand, Placement, Slot
-from chatlearn.cluster.seat import Arrival, Seat
+from chatlearn.cluster.seat import Arrival, Seat, forget_meetings
 from chatlearn.cluster.watchdog import start_watchdog
 from chatlearn.config.environment import prepare_local_ray
 from chatlearn.errors import RunError, WorkerError
 from chatlearn.observability.actors import Actor, ActorsFile
 
 RAY_TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
+LOGS = "logs"
 CLOSE_TIMEOUT_S = 8.0  # Nothing of ours may be alive ten seconds after the end.
 
 
@@ -88,6 +89,8 @@ class Cluster:
             cluster.close()
         finally:
             ray.shutdown()
+            if spec.address is None:
+                forget_meetings(spec.output_dir / LOGS)
 
     def members(self) -> tuple[Member, ...]:
         """Every actor that has arrived."""
@@ -145,7 +148,7 @@ class Cluster:
 
     def _start(self, troupe: Troupe, rank: int) -> Member:
         place = troupe.places[rank]
-        log_file = str((self.spec.output_dir / "logs" / f"{troupe.role}_{rank}.log").absolute())
+        log_file = str((self.spec.output_dir / LOGS / f"{troupe.role}_{rank}.log").absolute())
         one_host = self.spec.address is None
         seat = Seat(troupe.role, rank, len(troupe.places), place.num_threads, place.cores, log_file, one_host)
         if place.slot is None:
@@ -165,7 +168,8 @@ class Cluster:
             for member in self._members
         ]
         gone = [Actor(member.role, member.rank, member.host, member.pid, "replaced") for member in self._gone]
-        self._actors_file.write([driver, *rows, *gone])
+        with suppress(OSError):  # It is for people who look; a full disk may have room again.
+            self._actors_file.write([driver, *rows, *gone])
 
 
 def start_ray(spec: ClusterSpec) -> None:

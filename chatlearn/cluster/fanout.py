@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,5 +122,5 @@ def keep_traceback(text: str, member: Member) -> None:
     """Put the worker's own traceback where its messages are: Ray brings it here and nowhere else."""
     log_file = Path(member.log_file)
     if log_file.parent.is_dir():
-        with log_file.open("a", encoding="utf-8") as log:
+        with suppress(OSError), log_file.open("a", encoding="utf-8") as log:  # A full disk may be what it tells of.
             log.write(f"{text}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
@@ -14,20 +15,25 @@ from chatlearn.checkpoint.sharded import Restored
 from chatlearn.cluster.engine_client import Delivery
 from chatlearn.cluster.fanout import Group
 from chatlearn.cluster.workers import Luggage
-from chatlearn.errors import DamagedCheckpointError, RunError
+from chatlearn.errors import CheckpointError, DamagedCheckpointError, RunError
 from chatlearn.numerics.change import Change
 from chatlearn.observability.describe import Capacity
 from chatlearn.records import FloatStream, Sample, StepStats
 
 
 class TrainerGroup:
-    """The ranks of the policy trainer; ``steps`` and ``scores`` say how their batches are cut."""
+    """The ranks of the policy trainer; ``steps`` and ``scores`` say how their batches are cut.
+
+    ``num_bad_in_a_row`` counts the last steps whose gradient was not finite, as far as this process has seen them:
+    what lies in ``capsules/`` may be of an earlier life of the run.
+    """
 
     def __init__(self, group: Group, steps: BatchLayout, scores: BatchLayout, luggage: Luggage) -> None:
         self.group = group
         self.steps = steps
         self.scores = scores
         self.luggage = luggage
+        self.num_bad_in_a_row = 0
 
     def reseed(self, run_seed: int, episode: int) -> None:
         """Let the generators of every rank begin an episode, with numbers that follow from it alone."""
@@ -43,6 +49,7 @@ class TrainerGroup:
             )
         shares = [(share, batch.num_loss_tokens, iteration) for share in _for_every_rank(batch, self.group)]
         stats: StepStats = self.group.each("step", shares)[0]
+        self.num_bad_in_a_row = 0 if isfinite(stats.grad_norm) else self.num_bad_in_a_row + 1
         return stats
 
     def annotate(self, samples: Sequence[Sample]) -> list[Sample]:
@@ -76,8 +83,10 @@ class TrainerGroup:
         return restored
 
     def save_capsule(self, base_dir: Path, staging: Path) -> None:
-        """Every rank puts into a capsule what it alone has."""
-        self.group.map("save_capsule", base_dir, staging)
+        """Every rank puts into a capsule what it alone has; raises ``CheckpointError`` where one of them cannot."""
+        faults: list[str] = [fault for fault in self.group.map("save_capsule", base_dir, staging) if fault is not None]
+        if faults:
+            raise CheckpointError(faults[0])
 
     def capacity(self) -> Capacity:
         """All ranks together; the memory is that of the rank which held most."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,6 +74,13 @@ def meeting_place(seat: Seat) -> str:
 
     address = ray.util.get_node_ip_address()
     return f"tcp://{address}:{hold_meeting_port(address)}"
+
+
+def forget_meetings(logs: Path) -> None:
+    """Remove the files that ranks of this machine met by, when all of them have gone; killed ones leave theirs."""
+    for path in logs.glob("*_meeting_*"):
+        with suppress(OSError):  # A run that ends has more important things to say.
+            path.unlink()
 
 
 def free_address() -> tuple[str, int]:

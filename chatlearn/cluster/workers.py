@@ -156,18 +156,20 @@ class TrainerWorker:
         except DamagedCheckpointError as damage:
             return damage
 
-    def save_capsule(self, base_dir: Path, staging: Path) -> None:
-        """Put the weights, which rank 0 writes, and this rank's random states into a capsule."""
-        from chatlearn.checkpoint.capsule import walk, write_weights
+    def save_capsule(self, base_dir: Path, staging: Path) -> str | None:
+        """Put the weights, which rank 0 writes, and this rank's random states into a capsule; says why it cannot."""
+        from chatlearn.checkpoint.capsule import fault_of, write_weights
         from chatlearn.checkpoint.sharded import save_random_states
         from chatlearn.trainer.adapter import adapter_weights
 
-        save_random_states(staging, self._model.module)
         base, adapter = self._model.export_base(as_dtype="float32"), adapter_weights(self._model.module)
-        if self._seat.rank == 0:
-            write_weights(staging, base, adapter, base_dir)
-        else:
-            walk(base, adapter)
+
+        def write() -> None:
+            save_random_states(staging, self._model.module)
+            if self._seat.rank == 0:
+                write_weights(staging, base, adapter, base_dir)
+
+        return fault_of(write, base, adapter)
 
     def capacity(self) -> Capacity:
         """This rank's hardware and its part of the model's work."""

@@ -140,6 +140,11 @@ def usable_cores() -> int:
     return allowed if quota == "max" else max(1, min(allowed, int(quota) // int(period)))
 
 
+def wandb_run_id() -> str | None:
+    """The identity of the run that wandb itself would take from its variable."""
+    return os.environ.get("WANDB_RUN_ID") or None
+
+
 def _has_wandb_account() -> bool:
     """A key, an offline mode, or a login of earlier: without one wandb would stop and ask."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in {"offline", "disabled", "dryrun"}:

@@ -46,7 +46,7 @@ class LogArgs(Section):
     wandb_name: Text | None = None
     """Name of the run at Weights & Biases; `exp_name` where absent."""
     wandb_id: Text | None = None
-    """Identity of the run at Weights & Biases; a run with the same one is continued."""
+    """Identity of the run at Weights & Biases; a run with the same one is continued. Where absent it has its own."""
     wandb_resume: Literal["allow", "never", "must", "auto"] = "allow"
     """What to do when a run with this identity exists."""
 
@@ -105,7 +105,7 @@ class RuntimeArgs(Section):
     capsule_interval: Count = 0
     """Write a capsule, which `chatlearn replay` runs again, every so many optimizer steps; 0 only of bad steps."""
     keep_checkpoints: Count = 2
-    """How many of the newest checkpoints are kept; 0 keeps all."""
+    """How many of the newest checkpoints are kept, and of the capsules of `capsule_interval`; 0 keeps all."""
     keep_best: Annotated[Text | None, BeforeValidator(as_absent)] = None
     """Keep the checkpoint with the highest value of this number too, such as `eval/openai/gsm8k/avg@8`."""
     enable_resume_training: bool = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chatlearn.config.fates import FATES
+from chatlearn.config.fates import FATES, PARTIAL
 from chatlearn.config.layout import Layout, PackingRule, ShardedPlan
 from chatlearn.config.schema import GrpoConfig
 
@@ -54,8 +54,12 @@ def inert_line(config: GrpoConfig) -> str | None:
     Keys of a role that does not run at all are named together: ``models.rollout_manager.*``.
     """
     speaking = {_section(row.key) for row in FATES if row.kind == "honoured"}
+    written = list(config.origin.inert_keys)
+    if not config.runtime_args.use_partial_rollout:
+        speaking.discard(PARTIAL)
+        written += [f"{PARTIAL}.{name}" for name in sorted(config.models.partial_rollout_manager.model_fields_set)]
     names: dict[str, None] = {}
-    for key in config.origin.inert_keys:
+    for key in written:
         section = _section(key)
         names[key if section in speaking else f"{section}.*"] = None
     return f"keys without effect here (see docs/config.md): {', '.join(names)}" if names else None

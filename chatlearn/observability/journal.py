@@ -18,7 +18,7 @@ from chatlearn.observability.describe import (
     describe_use,
 )
 from chatlearn.observability.progress import Display, Update, open_display
-from chatlearn.observability.rollouts import write_rollouts
+from chatlearn.observability.rollouts import ROLLOUTS_FOLDER, forget_after, write_rollouts
 from chatlearn.observability.sinks import SINKS, JournalSpec, Sink, chosen_sinks, metrics_path
 from chatlearn.records import Graded, Sample, StepStats
 
@@ -37,8 +37,12 @@ class Journal:
     @classmethod
     @contextmanager
     def open(cls, spec: JournalSpec, console: Console | None = None) -> Generator[Journal]:
-        """Open every chosen sink, and close all of them at the end, also after an error."""
+        """Open every chosen sink, and close all of them at the end, also after an error.
+
+        What an earlier process wrote after ``resume_after`` is forgotten, its answers with its numbers.
+        """
         spec.directory.mkdir(parents=True, exist_ok=True)
+        forget_after(spec.directory, spec.resume_after or 0)
         console = console or Console(stderr=True, highlight=False)
         with ExitStack() as opened:
             sinks: list[Sink] = []
@@ -90,8 +94,14 @@ class Journal:
         """What a page does with its rollouts."""
 
         def keep(graded: Sequence[Graded], samples: Sequence[Sample]) -> None:
-            if self._spec.save_rollouts:
+            if not self._spec.save_rollouts:
+                return
+            try:
                 write_rollouts(self._spec.directory, step, graded, samples)
+            except OSError as error:  # They are for people; nothing that the run does depends on them.
+                self.say(
+                    f"the answers of episode {step} were not written to {ROLLOUTS_FOLDER}/: {error}. The run goes on"
+                )
 
         return keep
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -13,11 +15,13 @@ from chatlearn.records import Completion, FloatStream, Graded, Prompt, Sample, S
 
 # Log-probabilities are written to 1e-7, the step of float32 near one; more digits would double the file.
 LOGPROB_DECIMALS = 7
+ROLLOUTS_FOLDER: Final = "rollouts"
+_NAME: Final = re.compile(r"episode_(\d{6,})\.jsonl", re.ASCII)
 
 
 def rollouts_path(directory: Path, episode: int) -> Path:
     """Where the rollouts of ``episode`` lie below the run's directory."""
-    return directory / "rollouts" / f"episode_{episode:06d}.jsonl"
+    return directory / ROLLOUTS_FOLDER / f"episode_{episode:06d}.jsonl"
 
 
 def write_rollouts(directory: Path, episode: int, graded: Sequence[Graded], samples: Sequence[Sample]) -> Path:
@@ -28,6 +32,14 @@ def write_rollouts(directory: Path, episode: int, graded: Sequence[Graded], samp
             line = describe_completion(prompt, completion, score, advantage_of(sample))
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return path
+
+
+def forget_after(directory: Path, episode: int) -> None:
+    """Remove the files of later episodes, which another process wrote: they go with the metrics that are cut."""
+    for path in (directory / ROLLOUTS_FOLDER).glob("episode_*.jsonl"):
+        name = _NAME.fullmatch(path.name)
+        if name is not None and int(name[1]) > episode:
+            path.unlink()
 
 
 def answers(graded: Sequence[Graded]) -> Iterator[tuple[Prompt, Completion, Score]]:

@@ -12,10 +12,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
+from uuid import uuid4
 
 from rich.console import Console
 from rich.text import Text
@@ -25,6 +26,7 @@ from chatlearn.observability.episode_line import episode_lines
 from chatlearn.observability.whole_file import replacing
 
 SCHEMA_VERSION = 1
+WANDB_ID_NAME: Final = "wandb_id.txt"
 
 
 @dataclass(frozen=True)
@@ -97,31 +99,33 @@ class JsonLinesSink:
         """Append the line of ``step``."""
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps({"step": step, "time": time.time(), "schema": SCHEMA_VERSION, **numbers})
-        with blaming("jsonl", OSError):
+        with blaming("jsonl", OSError, at=self._path):
             self._file.write(line + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; everything is on the disk already."""
-        with blaming("jsonl", OSError):
+        """Close the file; everything is on the disk already, but for a line of which that was said."""
+        with suppress(OSError):
             self._file.close()
 
 
 class TensorBoardSink:
-    """TensorBoard event files; a resumed run hides the points it will write again."""
+    """TensorBoard event files; points of an earlier process that will be written again are hidden."""
 
     def __init__(self, spec: JournalSpec, _console: Console) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         assert spec.tensorboard_dir is not None, "chosen without a folder"
-        purge_step = None if spec.resume_after is None else spec.resume_after + 1
+        self._folder = spec.tensorboard_dir
+        # A run that begins anew may find points too: of one that was killed before its first checkpoint.
+        purge_step = 0 if spec.resume_after is None else spec.resume_after + 1
         with blaming("tensorboard", OSError):
-            self._writer = SummaryWriter(log_dir=str(spec.tensorboard_dir), purge_step=purge_step)
+            self._writer = SummaryWriter(log_dir=str(self._folder), purge_step=purge_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One scalar per number, flushed so that a watching TensorBoard shows the episode at once."""
-        with blaming("tensorboard", OSError):
+        with blaming("tensorboard", OSError, at=self._folder):
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
@@ -151,7 +155,7 @@ class WandbSink:
                 project=spec.wandb.project,
                 dir=spec.wandb.directory,
                 name=spec.wandb.name,
-                id=spec.wandb.run_id,
+                id=wandb_id(spec.directory, spec.wandb, resumed=spec.resume_after is not None),
                 resume=resume,
                 config=dict(spec.settings),
             )
@@ -190,17 +194,75 @@ def metrics_path(directory: Path) -> Path:
 
 
 def keep_until(path: Path, last_step: int | None) -> None:
-    """Drop the lines of steps after ``last_step`` (``None``: all lines), and a last line that was cut by a crash."""
+    """Drop the lines of steps after ``last_step`` (``None``: all lines), and a last line that was cut by a crash.
+
+    Raises ``RunError``, and changes nothing, where it meets a line that does not tell its step.
+    """
     with replacing(path) as kept:
-        if last_step is not None and path.exists():
-            with path.open(encoding="utf-8") as file:
-                kept.writelines(line for line in file if line.endswith("\n") and json.loads(line)["step"] <= last_step)
+        if last_step is None or not path.exists():
+            return
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n") and _required_step(path, number, line) <= last_step:
+                    kept.write(line.decode())
+
+
+def last_step(path: Path) -> int | None:
+    """The last step that a file of metrics tells of; ``None`` where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return max((step for line in file if (step := _step_of(line)) is not None), default=None)
+
+
+def _required_step(path: Path, number: int, line: bytes) -> int:
+    step = _step_of(line)
+    if step is None:
+        raise RunError(
+            f"{path}, line {number}: is not what a run writes, so that it cannot be told which lines come after the "
+            "checkpoint; mend or remove the line, or move the file away: the curve then begins where the run goes on"
+        )
+    return step
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        found = json.loads(line)
+    except ValueError:  # neither JSON nor, perhaps, text
+        return None
+    match found:
+        case {"step": int(step)}:
+            return step
+        case _:
+            return None
+
+
+def wandb_id(directory: Path, spec: WandbSpec, *, resumed: bool) -> str | None:
+    """Which run this is at Weights & Biases: what the user says, else what this output directory has been called.
+
+    Without an identity every start would be a run of its own, with its piece of the curve. A run that begins anew gets
+    another one, because the first number that was sent for a step stays.
+    """
+    if spec.run_id is not None or spec.resume != "allow":
+        return spec.run_id
+    path = directory / WANDB_ID_NAME
+    if resumed and path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    identity = uuid4().hex
+    with replacing(path) as file:
+        file.write(f"{identity}\n")
+    return identity
 
 
 @contextmanager
-def blaming(sink: str, *errors: type[Exception]) -> Generator[None]:
-    """Turn a sink's own errors into one that tells which sink it was."""
+def blaming(sink: str, *errors: type[Exception], at: Path | None = None) -> Generator[None]:
+    """Turn a sink's own errors into one that tells which sink it was, and where numbers of an episode are to go."""
     try:
         yield
     except errors as error:
-        raise RunError(f"the metrics sink '{sink}' failed: {error}") from error
+        if at is None:
+            raise RunError(f"the metrics sink '{sink}' failed: {error}") from error
+        raise RunError(
+            f"the metrics sink '{sink}' failed: {at}: {error}. No episode counts without its numbers on the disk, so "
+            "the run ends here; make room there, and the same command goes on from the last checkpoint"
+        ) from error

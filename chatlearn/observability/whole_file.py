@@ -11,7 +11,10 @@ from typing import TextIO
 
 @contextmanager
 def replacing(path: Path) -> Generator[TextIO]:
-    """Write to a neighbour of ``path`` that takes its name when the block ends well; an error leaves all as it was."""
+    """Write to a neighbour of ``path`` that takes its name when the block ends well; an error leaves all as it was.
+
+    File and name have reached the disk then.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.writing")
     try:
@@ -20,8 +23,18 @@ def replacing(path: Path) -> Generator[TextIO]:
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
+        sync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Return when the file's bytes, or the folder's list of names, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def rewrite(path: Path, text: str) -> None:

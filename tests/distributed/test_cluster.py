@@ -18,7 +18,7 @@ from chatlearn.cluster.cluster import Cluster, ClusterSpec, Place, Troupe
 from chatlearn.cluster.fanout import Group
 from chatlearn.cluster.interruption import Interrupted, Interruption
 from chatlearn.cluster.placement import Demand
-from chatlearn.cluster.seat import Arrival, Seat, arrive, take_seat
+from chatlearn.cluster.seat import Arrival, Seat, arrive, forget_meetings, meeting_place, take_seat
 from chatlearn.errors import ConfigError, DataError, RunError, WorkerError
 
 # Ray leaves its own pipes and sockets to the interpreter's end.
@@ -166,6 +166,16 @@ def test_a_checkpoint_arrives_although_the_run_ends_by_an_error_and_nobody_waits
         assert time.monotonic() - begun < 30
     assert done == ["first"]
     assert said == ["the run ends: no engine is left. Checkpoint 7 is being written, and gets its time for that"] * 2
+
+
+def test_only_the_files_that_ranks_met_by_are_forgotten(tmp_path: Path) -> None:
+    for rank in range(2):
+        seat = Seat("policy_trainer", rank, 2, 1, (), str(tmp_path / f"policy_trainer_{rank}.log"), one_host=True)
+        Path(meeting_place(seat).removeprefix("file://")).touch()
+        Path(seat.log_file).touch()
+    assert len(list(tmp_path.iterdir())) == 4
+    forget_meetings(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy_trainer_0.log", "policy_trainer_1.log"]
 
 
 def test_actors_json_tells_who_is_there(cluster: Cluster, group: Group, folder: Path) -> None:

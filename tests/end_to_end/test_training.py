@@ -111,6 +111,7 @@ def test_every_promised_file_is_there(output: Path) -> None:
     assert {row["role"] for row in actors(output)} == {"driver", "policy", "policy_trainer", "reward", "exporter"}
     for row in actors(output):
         assert row["role"] == "driver" or (output / "logs" / f"{row['role']}_{row['rank']}.log").exists()
+    assert list((output / "logs").glob("*_meeting_*")) == [], "all have met"
     assert list((output / "tensorboard").iterdir())
     folders = {path.name for path in (output / "save_model" / "policy_trainer").iterdir()}
     assert folders == {"8", "10", "latest"}, "the newest two are kept"

@@ -32,6 +32,20 @@ def test_a_run_goes_on_from_the_newest_checkpoint_and_says_nothing(
     assert capsys.readouterr().err == ""
 
 
+def test_a_run_that_begins_anew_where_another_saved_nothing_says_so(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.start()
+    assert capsys.readouterr().err == ""
+    metrics = runs.folder / "output" / "metrics.jsonl"
+    metrics.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
+    runs.start()
+    assert capsys.readouterr().err == (
+        f"{metrics.parent} holds 2 episodes of a run that saved no checkpoint; they are begun anew\n"
+    )
+    assert metrics.read_text() == ""
+
+
 def test_a_damaged_one_is_put_aside_and_said_and_a_dry_run_only_says_it(
     runs: Runs, capsys: pytest.CaptureFixture[str]
 ) -> None:

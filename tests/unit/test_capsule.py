@@ -21,7 +21,6 @@ from chatlearn.checkpoint.capsule import (
     begin_capsule,
     changed_versions,
     discard_capsule,
-    num_bad_in_a_row,
     read_capsule,
     verify_capsule,
 )
@@ -48,17 +47,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def capsule(whole: Path, tmp_path: Path) -> Path:
     """A copy to spoil."""
     return Path(shutil.copytree(whole, tmp_path / whole.name))
-
-
-def test_bad_steps_are_counted_backwards_from_the_last(tmp_path: Path) -> None:
-    reasons = {3: "bad step", 5: "bad step", 6: "bad step", 7: "bad step", 8: "interval"}
-    for iteration, reason in reasons.items():
-        folder = tmp_path / f"iteration_{iteration:06d}"
-        folder.mkdir()
-        (folder / "capsule.json").write_text(json.dumps({"reason": reason}))
-    assert {iteration: num_bad_in_a_row(tmp_path, iteration) for iteration in range(3, 10)} == {
-        3: 1, 4: 0, 5: 1, 6: 2, 7: 3, 8: 0, 9: 0,
-    }  # fmt: skip
 
 
 @st.composite

@@ -128,6 +128,17 @@ def test_inert_keys_are_accepted_at_any_value_and_named() -> None:
     assert inert_line(config_of(MINIMAL, {})) is None
 
 
+def test_keys_of_partial_rollout_are_named_where_it_is_off() -> None:
+    keys = {"models.partial_rollout_manager.max_rollout_round": 2, "models.partial_rollout_manager.num_gpu": 1}
+    assert inert_line(config_of({**MINIMAL, **keys}, {})) == (
+        "keys without effect here (see docs/config.md): models.partial_rollout_manager.*"
+    )
+    used = config_of(
+        {**MINIMAL, **keys}, {"runtime_args.use_partial_rollout": True, "models.policy.num_inference_per_prompt": 32}
+    )
+    assert inert_line(used) == "keys without effect here (see docs/config.md): models.partial_rollout_manager.num_gpu"
+
+
 def test_no_key_that_was_written_vanishes() -> None:
     """Whatever is written ends up in the configuration, in another key, in the list of inert keys, or is refused."""
     plain = flatten(config_of(MINIMAL, {}).model_dump())

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from chatlearn.checkpoint.hugging_face import write_hugging_face
-from chatlearn.checkpoint.room import checkpoint_size, free_bytes, require_room
+from chatlearn.checkpoint.room import checkpoint_size, free_bytes, in_words, require_room
 from chatlearn.checkpoint.sharded import save_shards
 from chatlearn.config.environment import Environment
 from chatlearn.config.layout import layout_of
@@ -105,3 +105,35 @@ def test_the_plan_says_how_many_checkpoints_there_may_be_at_once(overrides: str,
     assert "Hugging Face copy" in size
     assert at_once.startswith(f"{words}: ")
     assert "; free: " in at_once
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ("capsule_interval=2 keep_checkpoints=2", "3 (2 kept, one being written)"),
+        ("capsule_interval=2 keep_checkpoints=0", "10 (all there will be)"),
+        ("capsule_interval=5 keep_checkpoints=3", "4 (all there will be)"),
+        ("capsule_interval=2 save_episode_interval=0", "3 (2 kept, one being written)"),
+    ],
+)
+def test_the_plan_says_how_many_recorded_steps_there_may_be_at_once(overrides: str, words: str) -> None:
+    asked = [f"runtime_args.{word}" for word in ("num_episode=20", *overrides.split())]
+    config = read_config(ROOT / "template" / "quickstart.yaml", [*asked, f"models.policy_trainer.load={TINY}"])
+    *_, (_, size), (_, at_once) = disk_room_rows(config, layout_of(config, Environment.read()))
+    with StoredWeights(TINY) as stored:
+        num_bytes = sum(4 * stored.whole(name).numel() for name in stored.files)
+    assert size == in_words(num_bytes)
+    assert at_once.startswith(f"{words}, and those of bad steps: ")
+
+
+def test_a_run_that_cannot_keep_the_steps_it_is_to_record_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"models.policy_trainer.load={TINY}", f"runtime_args.output_dir={tmp_path}"]
+    words += ["runtime_args.save_episode_interval=0", "runtime_args.capsule_interval=2"]
+    config = read_config(ROOT / "template" / "quickstart.yaml", words)
+    layout = layout_of(config, Environment.read())
+    check_disk_room(config, layout)
+    monkeypatch.setattr("chatlearn.disk_room.free_bytes", lambda folder: 100)
+    with pytest.raises(ConfigError, match=r"capsule_interval=2: one capsule needs \d+\.\d MB, and 0\.0 MB are free"):
+        check_disk_room(config, layout)

@@ -7,10 +7,12 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disk import no_file_beyond
 from rich.console import Console
 
 from chatlearn.errors import RunError
@@ -320,6 +322,34 @@ def test_rollouts_can_be_switched_off(tmp_path: Path, answered: tuple[Graded, li
     with Journal.open(spec, file_console()) as journal, journal.page(1) as page:
         page.keep([graded], samples)
     assert not (tmp_path / "rollouts").exists()
+
+
+def test_answers_that_do_not_fit_on_the_disk_are_told_of_once_and_end_nothing(
+    tmp_path: Path, answered: tuple[Graded, list[Sample]]
+) -> None:
+    graded, samples = answered
+    console = file_console()
+    with Journal.open(JournalSpec(tmp_path, num_episodes=2), console) as journal:
+        with journal.page(1) as page, no_file_beyond(0):
+            page.keep([graded], samples)
+        with journal.page(2) as page:
+            page.keep([graded], samples)
+    assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["episode_000002.jsonl"]
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+    (said,) = [line for line in written(console).splitlines() if "rollouts" in line]
+    assert said.startswith("the answers of episode 1 were not written to rollouts/: ")
+
+
+def test_numbers_that_do_not_fit_end_the_run_in_one_message(tmp_path: Path) -> None:
+    spec = JournalSpec(tmp_path, num_episodes=3)
+    run_episodes(spec, 1, 2)
+    with (
+        no_file_beyond(metrics_path(tmp_path).stat().st_size + 9),
+        pytest.raises(RunError, match=r"metrics\.jsonl: .*make room there, and the same command"),
+    ):
+        run_episodes(replace(spec, resume_after=2), 3, 3)
+    run_episodes(replace(spec, resume_after=2), 3, 3)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
 
 
 class FailingSink:

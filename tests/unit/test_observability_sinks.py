@@ -21,7 +21,7 @@ QUIET = Console(file=io.StringIO())
 
 
 def wandb_spec(directory: Path) -> WandbSpec:
-    return WandbSpec(project="tests", directory=directory, name="a run", run_id="run-1", resume="allow")
+    return WandbSpec(project="tests", directory=directory, name="a run", run_id=None, resume="allow")
 
 
 def test_trackers_are_used_only_when_asked_for(tmp_path: Path) -> None:
@@ -81,7 +81,8 @@ def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (path,) = (tmp_path / "wandb").rglob("*.wandb")
     records = [Record.FromString(data) for data in leveldb_log(path.read_bytes())]
     runs = [record.run for record in records if record.HasField("run")]
-    assert (runs[0].project, runs[0].display_name, runs[0].run_id) == ("tests", "a run", "run-1")
+    identity = (tmp_path / "wandb_id.txt").read_text().strip()
+    assert (runs[0].project, runs[0].display_name, runs[0].run_id) == ("tests", "a run", identity)
     config = {item.key: item.value_json for run in runs for item in run.config.update}
     assert json.loads(config["runtime_args"]) == {"seed": 5}
     history = [
