@@ -132,8 +132,12 @@ def resume_check(
     from chatlearn.resume_check.trial import trial_of
 
     trial = trial_of(config, config_file, overrides or (), episodes, cut)
-    say = partial(typer.echo, err=True)
-    for warning in command.warnings_of(config, check(config, Environment.read())):
+    say, environment = partial(typer.echo, err=True), Environment.read()
+    for output in (trial.interrupted, trial.uninterrupted):
+        config = read_config(config_file, trial.words(output))
+        layout = check(config, environment)
+    command.require_room(config, layout, trial)
+    for warning in command.warnings_of(config, layout):
         say(warning)
     show_run_comparison(command.resume_check(trial, say))
 

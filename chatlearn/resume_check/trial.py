@@ -55,6 +55,10 @@ class Trial:
         """The output directory of the run that is killed and goes on."""
         return self.root / "interrupted"
 
+    def log(self, name: str) -> Path:
+        """The file with the messages of one of the runs."""
+        return self.root / f"{name}.log"
+
     def settings(self, output: Path) -> dict[str, str]:
         """The keys that the check sets itself, with the values of the run that writes to ``output``."""
         return {
@@ -69,13 +73,14 @@ class Trial:
             f"{LOG}.enable_wandb": "False",
         }
 
+    def words(self, output: Path) -> list[str]:
+        """All overrides of the run that writes to ``output``: the user's, then those of the check."""
+        ours = [f"{key}={value}" for key, value in self.settings(output).items()]
+        return [*self.overrides, *ours, f"{RUNTIME}.output_dir={output}"]
+
     def command(self, output: Path) -> list[str]:
         """The command line that trains into ``output``; a repetition of it goes on from there."""
-        words = [f"{key}={value}" for key, value in self.settings(output).items()]
-        return [
-            *(sys.executable, str(ENTRYPOINT), "grpo", "--config-file", str(self.file)),
-            *(*self.overrides, *words, f"{RUNTIME}.output_dir={output}"),
-        ]
+        return [sys.executable, str(ENTRYPOINT), "grpo", "--config-file", str(self.file), *self.words(output)]
 
 
 def trial_of(config: GrpoConfig, file: Path, overrides: Sequence[str], episodes: int, cut: int) -> Trial:

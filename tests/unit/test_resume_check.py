@@ -22,10 +22,13 @@ from chatlearn.checkpoint.run_state import RunState, save_run_state
 from chatlearn.checkpoint.saved_tensors import open_shards
 from chatlearn.checkpoint.sharded import save_shards
 from chatlearn.cli import main
-from chatlearn.config.layout import TRAINER_CHECKPOINTS
+from chatlearn.config.environment import Environment
+from chatlearn.config.layout import TRAINER_CHECKPOINTS, layout_of
 from chatlearn.config.read import read_config
+from chatlearn.disk_room import size_of_checkpoint
 from chatlearn.errors import ConfigError, RunError
 from chatlearn.observability.describe import is_measured
+from chatlearn.resume_check import command
 from chatlearn.resume_check.child import started
 from chatlearn.resume_check.comparison import Kind, compare_runs
 from chatlearn.resume_check.parting import Parting, parting
@@ -304,6 +307,73 @@ def test_a_run_that_is_over_before_it_is_killed_proves_nothing(tmp_path: Path) -
         started([sys.executable, "-c", ""], tmp_path / "log") as child,
     ):
         child.wait_for(lambda: False, "it never saved")
+
+
+# What stands for a run: it leaves a copy of what another one left, first up to episode 1, and the second time whole.
+RUN = """
+import pathlib, shutil, sys, time
+prepared, output, mode = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3]
+checkpoints = output / "save_model" / "policy_trainer"
+if output.name == "uninterrupted":
+    shutil.copytree(prepared, output)
+elif not output.exists():
+    shutil.copytree(prepared, output, ignore=lambda folder, names: {"2", "latest"} & set(names))
+    time.sleep(60)
+else:
+    if mode == "anew":
+        shutil.rmtree(output)
+    if mode != "silent":
+        print(f"resumed from {checkpoints / '1'}, after episode 1")
+    shutil.copytree(prepared, output, dirs_exist_ok=True, ignore=lambda folder, names: {"1"} & set(names))
+    if mode == "anew":
+        shutil.copytree(prepared / "save_model" / "policy_trainer" / "1", checkpoints / "1")
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "fault"),
+    [("resumed", ""), ("silent", "began elsewhere, which proves nothing"), ("anew", "has saved that one again")],
+)
+def test_a_run_that_began_anew_instead_of_going_on_proves_nothing(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, fault: str
+) -> None:
+    monkeypatch.setattr(command, "start_watchdog", lambda _: None)
+    monkeypatch.setattr(
+        Trial, "command", lambda _, output: [sys.executable, "-c", RUN, str(uninterrupted), str(output), mode]
+    )
+    check = trial(tmp_path, episodes=2)
+    if not fault:
+        assert command.resume_check(check, lambda _: None).equal
+        return
+    with pytest.raises(RunError, match=fault):
+        command.resume_check(check, lambda _: None)
+
+
+def test_what_the_check_itself_sets_is_checked_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run has a best checkpoint after 20 episodes, the check has none after 3."""
+    words = ["-c", str(QUICKSTART), f"runtime_args.output_dir={tmp_path}", "runtime_args.keep_best=eval/math/avg@1"]
+    main(["grpo", "--dry-run", *words])
+    assert "both saved and evaluated" not in capsys.readouterr().err
+    assert main(["resume-check", *words, "--episodes", "3", "--cut", "1"]) == 2
+    assert "none of the 3 episodes is both saved and evaluated" in capsys.readouterr().err
+    assert not (tmp_path / "resume_check").exists()
+
+
+def test_room_for_the_checkpoints_of_both_runs_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = trial(tmp_path, episodes=5, cut=2)
+    config = read_config(QUICKSTART, check.words(check.interrupted))
+    layout = layout_of(config, Environment.read())
+    size = size_of_checkpoint(config, layout).total
+    monkeypatch.setattr(command, "free_bytes", lambda _: 6 * size)
+    command.require_room(config, layout, check)
+    monkeypatch.setattr(command, "free_bytes", lambda _: 6 * size - 1)
+    with pytest.raises(ConfigError, match="for 3 checkpoints of each of two runs"):
+        command.require_room(config, layout, check)
+    check.root.mkdir()
+    (check.root / "left by an earlier one").write_text(" ")
+    command.require_room(config, layout, check)
 
 
 def test_killing_takes_everybody_along(tmp_path: Path) -> None:
