@@ -134,7 +134,9 @@ def resume_check(
     trial = trial_of(config, config_file, overrides or (), episodes, cut)
     say = partial(typer.echo, err=True)
     tried = read_config(config_file, trial.words(trial.uninterrupted))  # It is shorter, and saves at other places.
-    for warning in command.warnings_of(tried, check(tried, Environment.read())):
+    layout = check(tried, Environment.read())
+    command.require_room(tried, layout, trial)
+    for warning in command.warnings_of(tried, layout):
         say(warning)
     show_run_comparison(command.resume_check(trial, say))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from chatlearn.errors import DataError
 from chatlearn.models.family import family_of
+from chatlearn.models.pretrained import FAULTS
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -17,14 +17,19 @@ Shapes = dict[str, tuple[int, ...]]
 def parameter_shapes(model_dir: Path) -> Shapes:
     """Every parameter as transformers has it in memory; one that is tied to another is named once.
 
-    Built on the meta device: takes no memory, needs no weights.
+    Built on the meta device: takes no memory, needs no weights, and no attention but transformers' own. Raises
+    ``DataError`` where ``config.json`` describes no model.
     """
     try:
         config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise DataError(f"{model_dir / 'config.json'}: transformers cannot read it: {error}") from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except (*FAULTS, ArithmeticError) as error:  # the last where a size is 0
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"{model_dir / 'config.json'}: describes no model that transformers can build ({reason}); copy it again "
+            "from where the model comes from"
+        ) from error
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

@@ -34,7 +34,10 @@ def open_base(model_dir: Path) -> SavedTensors:
                 shards[name] = (shard,)
     absent = sorted(weights.files.keys() - shards.keys())
     if absent:
-        raise DataError(f"{model_dir / weights.files[absent[0]]}: has no tensor '{absent[0]}'; download it again")
+        raise DataError(
+            f"{model_dir / weights.files[absent[0]]}: has no tensor '{absent[0]}' of a kind that an adapter is merged "
+            f"into ({', '.join(DTYPES)}); download it again, or give the model that is not quantized"
+        )
     shapes = {name: shard.block.sizes for name, (shard,) in shards.items()}
     return SavedTensors(model_dir, shapes, shards)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,17 +11,18 @@ from chatlearn.checkpoint.adapters import AdapterRecord, base_digest
 from chatlearn.checkpoint.architecture import stored_shapes
 from chatlearn.checkpoint.documents import read_document, text
 from chatlearn.checkpoint.export import Progress, export, export_verified, no_progress, stored, write_stream
-from chatlearn.checkpoint.hugging_face import StoredDtype, WrittenModel
-from chatlearn.checkpoint.layout import MODEL_FOLDER, checkpoint_folder, list_complete
+from chatlearn.checkpoint.fit import require_tied_head
+from chatlearn.checkpoint.hugging_face import QUANTIZATION, StoredDtype, WrittenModel
+from chatlearn.checkpoint.layout import MODEL_FOLDER, MOST_DIGITS, checkpoint_folder, list_complete
+from chatlearn.checkpoint.loaded_back import CONFIG_NAME
 from chatlearn.checkpoint.manifest import MANIFEST_NAME, Manifest, verify_sizes
 from chatlearn.checkpoint.original_layout import (
     is_original,
     open_original,
     original_sources,
-    require_tied_head,
     trained_grouped,
 )
-from chatlearn.errors import CheckpointError, ConfigError
+from chatlearn.errors import CheckpointError, ConfigError, DataError
 from chatlearn.models.family import family_of
 from chatlearn.models.naming import ModelFamily
 
@@ -54,11 +57,13 @@ def convert(
 
     ``hf_dir`` is the base model; where it does not exist, the one that the run's manifest names is used and noted. An
     adapter is merged into its weights.
-    Raises ``ConfigError`` for arguments that do not fit and ``CheckpointError`` for a checkpoint that is missing,
-    incomplete or damaged. ``save_dir`` keeps what it holds until the new model is complete.
+    Raises ``ConfigError`` for arguments that do not fit, also with each other, and ``CheckpointError`` for a checkpoint
+    that is incomplete or damaged. ``save_dir`` keeps what it holds until the new model is complete.
     """
     folder = _checkpoint(ckpt_dir, iteration)
-    _require_apart(save_dir, ckpt_dir)
+    _require_outside(save_dir, ckpt_dir)
+    if hf_dir.is_file():
+        raise ConfigError(f"--hf_dir {hf_dir}: is a file; give the folder of the model that training started from")
     conversion = _convert_original if is_original(folder) and not (folder / MANIFEST_NAME).exists() else _convert_ours
     return conversion(hf_dir, folder, save_dir, groupgemm, dtype, progress)
 
@@ -68,8 +73,14 @@ def _convert_ours(
 ) -> ConversionReport:
     manifest = verify_sizes(folder)
     base_dir, notes = _base_model(hf_dir, folder.parent, manifest)
-    notes += _groupgemm_notes(_family(base_dir, manifest), manifest.groupgemm, groupgemm)
-    if manifest.adapter is not None:
+    for place in {base_dir, Path(manifest.base_model or base_dir)}:
+        _require_apart(save_dir, place)
+    notes += _groupgemm_notes(_family(base_dir, manifest), manifest.groupgemm, groupgemm) + _quantization_notes(
+        base_dir
+    )
+    if manifest.adapter is None:
+        notes += _base_notes(base_dir, manifest)
+    else:
         _require_base(base_dir, manifest, manifest.adapter)
     files = tuple(record for record in manifest.files if record.name.startswith(f"{MODEL_FOLDER}/"))
     written = export_verified(folder, files, base_dir, save_dir, manifest.adapter, dtype, progress)
@@ -80,11 +91,13 @@ def _convert_original(
     hf_dir: Path, folder: Path, save_dir: Path, groupgemm: bool, dtype: StoredDtype, progress: Progress
 ) -> ConversionReport:
     family = family_of(hf_dir)
+    _require_apart(save_dir, hf_dir)
     tensors, shapes = open_original(folder), stored_shapes(hf_dir)
     notes = (f"{folder} is in the layout of the original ChatLearn, which has no checksums to compare",)
-    notes += _groupgemm_notes(family, trained_grouped(tensors), groupgemm)
-    require_tied_head(hf_dir, tensors, shapes)
-    stream = stored(tensors, original_sources(folder, tensors, shapes), dtype)
+    notes += _groupgemm_notes(family, trained_grouped(tensors), groupgemm) + _quantization_notes(hf_dir)
+    sources = original_sources(folder, tensors, shapes, hf_dir)
+    require_tied_head(tensors, shapes, hf_dir)
+    stream = stored(tensors, sources, dtype)
     written = write_stream(stream, shapes, hf_dir, save_dir, dtype, progress)
     return _report(written, hf_dir, folder, notes)
 
@@ -96,7 +109,7 @@ def _report(written: WrittenModel, base_dir: Path, folder: Path, notes: tuple[st
     )
 
 
-def _require_apart(save_dir: Path, ckpt_dir: Path) -> None:
+def _require_outside(save_dir: Path, ckpt_dir: Path) -> None:
     """A model among the checkpoints would be taken for a part of one, or stand where the next one is to go."""
     root = ckpt_dir.resolve()
     if save_dir.resolve().is_relative_to(root):
@@ -106,20 +119,31 @@ def _require_apart(save_dir: Path, ckpt_dir: Path) -> None:
         )
 
 
+def _require_apart(save_dir: Path, base_dir: Path) -> None:
+    """The base model is what training and every later conversion start from: nothing is written over or into it."""
+    place, base = save_dir.resolve(), base_dir.resolve()
+    if place.is_relative_to(base) or base.is_relative_to(place):
+        how = "is" if place == base else "lies in" if place.is_relative_to(base) else "holds"
+        raise ConfigError(
+            f"--save_dir {save_dir} {how} the base model {base_dir}, which must stay as it is; choose a folder apart "
+            f"from it, such as {base.parent / (base.name + '-trained')}"
+        )
+
+
 def _checkpoint(ckpt_dir: Path, iteration: int) -> Path:
-    folder = checkpoint_folder(ckpt_dir, iteration)
-    if folder.is_dir():
-        return folder
     if not ckpt_dir.is_dir():
-        raise CheckpointError(f"--ckpt_dir {ckpt_dir}: no such folder; give the run's save_model/policy_trainer")
+        raise ConfigError(f"--ckpt_dir {ckpt_dir}: no such folder; give the run's save_model/policy_trainer")
+    folder = checkpoint_folder(ckpt_dir, iteration)
+    if len(folder.name) <= MOST_DIGITS and folder.is_dir():
+        return folder
     complete = [path for path in ckpt_dir.iterdir() if path in list_complete(ckpt_dir) or is_original(path)]
     if complete:
         present = ", ".join(sorted((path.name for path in complete), key=lambda name: (len(name), name)))
-        raise CheckpointError(f"{ckpt_dir}: no checkpoint of iteration {iteration}; complete ones: {present}")
+        raise ConfigError(f"{ckpt_dir}: no checkpoint of iteration {iteration}; complete ones: {present}")
     for meant in (ckpt_dir.parent, ckpt_dir / "save_model" / "policy_trainer", ckpt_dir / "policy_trainer"):
         if list_complete(meant):
-            raise CheckpointError(f"{ckpt_dir}: no checkpoints in it; --ckpt_dir {meant} has some")
-    raise CheckpointError(
+            raise ConfigError(f"{ckpt_dir}: no checkpoints in it; --ckpt_dir {meant} has some")
+    raise ConfigError(
         f"{ckpt_dir}: no checkpoint of iteration {iteration}; complete ones: none; give the run's "
         "save_model/policy_trainer"
     )
@@ -128,17 +152,24 @@ def _checkpoint(ckpt_dir: Path, iteration: int) -> Path:
 def _base_model(hf_dir: Path, ckpt_dir: Path, manifest: Manifest) -> tuple[Path, tuple[str, ...]]:
     if hf_dir.is_dir():
         return hf_dir, ()
-    candidates = [manifest.base_model]
-    run_manifest = ckpt_dir.resolve().parent.parent / RUN_MANIFEST_NAME
-    if run_manifest.is_file():
-        candidates.append(text(read_document(run_manifest), "model_path", run_manifest))
-    for candidate in candidates:
-        if candidate and Path(candidate).is_dir():
+    named: list[str] = []
+    for candidate in _named_by_run(ckpt_dir, manifest):
+        if Path(candidate).is_dir():
             return Path(candidate), (f"{hf_dir} does not exist; taking the run's base model {candidate} instead",)
+        named.append(candidate)
+    places = f"and the base model of this run is not at {' or '.join(named)} either" if named else "nor is any named"
     raise ConfigError(
-        f"--hf_dir {hf_dir}: no such folder, and the base model of this run is not at "
-        f"{' or '.join(candidates)} either; give the folder of the model that training started from"
+        f"--hf_dir {hf_dir}: no such folder, {places}; give the folder of the model that training started from"
     )
+
+
+def _named_by_run(ckpt_dir: Path, manifest: Manifest) -> Iterator[str]:
+    """Where the run says that its base model was; its own file is asked last, and only if the checkpoint's is gone."""
+    if manifest.base_model:
+        yield manifest.base_model
+    path = ckpt_dir.resolve().parent.parent / RUN_MANIFEST_NAME
+    with suppress(CheckpointError):  # The checkpoint is whole all the same; without this file --hf_dir must do.
+        yield text(read_document(path), "model_path", path)
 
 
 def _family(base_dir: Path, manifest: Manifest) -> ModelFamily:
@@ -162,6 +193,28 @@ def _groupgemm_notes(family: ModelFamily, trained_with: bool, groupgemm: bool) -
         f"--groupgemm {int(groupgemm)} although training ran with {int(trained_with)}; "
         "the checkpoint itself tells how its experts lie, so the result is the same",
     )
+
+
+def _base_notes(base_dir: Path, manifest: Manifest) -> tuple[str, ...]:
+    """To a model that was trained as a whole the base gives no weights: another one is worth a word and no error."""
+    if manifest.provenance is None:
+        return ()
+    try:
+        digest = base_digest(base_dir)
+    except DataError:  # Its configuration and its tokenizer are enough.
+        return ()
+    if digest == manifest.provenance.base_digest:
+        return ()
+    return (
+        f"the weights in {base_dir} are not those that training started from ({manifest.base_model}): "
+        "configuration and tokenizer are taken from there, so see that they are those of the trained model",
+    )
+
+
+def _quantization_notes(base_dir: Path) -> tuple[str, ...]:
+    if QUANTIZATION not in read_document(base_dir / CONFIG_NAME):
+        return ()
+    return (f"'{QUANTIZATION}' in {base_dir / CONFIG_NAME} is left out: the weights written here are not quantized",)
 
 
 def _require_base(base_dir: Path, manifest: Manifest, adapter: AdapterRecord) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,13 +12,15 @@ import torch
 
 from chatlearn.checkpoint.adapters import AdapterRecord
 from chatlearn.checkpoint.ahead import Stream, ahead
-from chatlearn.checkpoint.architecture import Shapes, parameter_shapes
+from chatlearn.checkpoint.architecture import Shapes, parameter_shapes, stored_shapes
 from chatlearn.checkpoint.base_weights import open_base
+from chatlearn.checkpoint.fit import misfit, require_fit, require_tied_head
+from chatlearn.checkpoint.guarded_reader import METADATA_NAME
 from chatlearn.checkpoint.hugging_face import DTYPES, StoredDtype, WrittenModel, write_hugging_face
 from chatlearn.checkpoint.layout import MODEL_FOLDER
-from chatlearn.checkpoint.manifest import FileRecord
+from chatlearn.checkpoint.manifest import FileRecord, verify_checksums
 from chatlearn.checkpoint.saved_tensors import SavedTensors, open_shards
-from chatlearn.errors import CheckpointError
+from chatlearn.errors import ChatLearnError, CheckpointError, ConfigError, DataError
 from chatlearn.models.family import family_of
 from chatlearn.models.lora import Factors, merged
 from chatlearn.models.naming import ModelFamily, StoredPiece
@@ -52,8 +54,8 @@ def export(
     ``save_dir`` may lie in it. ``adapter`` describes what the shards hold where that is not the whole model; it must
     have been trained on ``base_dir``. Opens no process group, but transformers and torch keep settings of the whole
     process, so beside training it belongs in a process of its own.
-    Raises ``CheckpointError`` for shards that are damaged or of another model, and ``ConfigError`` where ``save_dir``
-    holds something that is not an earlier conversion.
+    Raises ``CheckpointError`` for shards that are damaged, and ``ConfigError`` for those of another model and where
+    ``save_dir`` holds something that is not an earlier conversion.
     """
     return export_verified(folder, (), base_dir, save_dir, adapter, dtype, progress)
 
@@ -64,17 +66,31 @@ def export_verified(
 ) -> WrittenModel:  # fmt: skip
     """As ``export``, and nothing is published unless ``files`` have the bytes they were saved with."""
     shapes, family = parameter_shapes(base_dir), family_of(base_dir)
+    # It says what lies where and how large it is; the numbers themselves are compared when they have been read.
+    verify_checksums(folder, [record for record in files if record.name == f"{MODEL_FOLDER}/{METADATA_NAME}"])
     tensors = open_shards(folder / MODEL_FOLDER)
     if adapter is None:
-        require_shapes(folder, tensors.shapes, shapes)
+        require_fit(folder, tensors.shapes, shapes, base_dir)
+        with _damage_told(ConfigError, tensors, folder, files):
+            require_tied_head(tensors, shapes, base_dir)
         stream = stored(tensors, own_sources(family, shapes), dtype)
     else:
-        require_shapes(folder, tensors.shapes, _factor_shapes(folder, tensors.shapes, shapes, adapter))
+        _require_factors(folder, tensors.shapes, shapes, adapter)
         stream = _merged(tensors, shapes, family, dtype, adapter, base_dir)
-    try:
+    with _damage_told(CheckpointError, tensors, folder, files):
         return write_stream(_then_verified(stream, tensors, folder, files), shapes, base_dir, save_dir, dtype, progress)
-    except CheckpointError:
-        tensors.checksums.require(folder, files)  # A damaged shard looks like anything; this is what it should say.
+
+
+@contextmanager
+def _damage_told(
+    kind: type[ChatLearnError], tensors: SavedTensors, folder: Path, files: tuple[FileRecord, ...]
+) -> Generator[None]:
+    """A damaged shard looks like anything. So before such an error is believed, what it may come from is looked at."""
+    try:
+        yield
+    except kind as error:
+        if not isinstance(error.__cause__, OSError):  # The system's own refusals, as of a full disk, say enough.
+            tensors.checksums.require(folder, files)
         raise
 
 
@@ -85,15 +101,6 @@ def write_stream(
     total = sum(map(prod, shapes.values()))
     with closing(ahead(stream)) as coming:  # ends the thread, also when writing fails
         return write_hugging_face(_counted(coming, total, progress), base_dir, save_dir, dtype)
-
-
-def require_shapes(folder: Path, found: Mapping[str, tuple[int, ...]], wanted: Shapes) -> None:
-    """Refuse a checkpoint that lacks a tensor of the model, or has it in another shape."""
-    for name, shape in wanted.items():
-        if name not in found:
-            raise CheckpointError(f"{folder}: has no '{name}', which the base model's configuration asks for")
-        if found[name] != shape:
-            raise CheckpointError(f"{folder}: '{name}' has shape {found[name]}; the base model's is {shape}")
 
 
 def own_sources(family: ModelFamily, shapes: Shapes) -> dict[str, TensorSource]:
@@ -109,10 +116,10 @@ def stored(tensors: SavedTensors, sources: Mapping[str, TensorSource], dtype: St
         yield name, tensors.read(source.name, DTYPES[dtype], source.piece)
 
 
-def _factor_shapes(
+def _require_factors(
     folder: Path, found: Mapping[str, tuple[int, ...]], weights: Shapes, adapter: AdapterRecord
-) -> Shapes:
-    """What the factors of every adapted weight must be; raises when the checkpoint holds anything else."""
+) -> None:
+    """Refuse a checkpoint that holds anything but both factors of some weights; its base is known to be right."""
     wanted: Shapes = {}
     for name, shape in weights.items():
         factors = Factors.of(name)
@@ -121,7 +128,9 @@ def _factor_shapes(
     strangers = sorted(found.keys() - wanted.keys())
     if strangers:
         raise CheckpointError(f"{folder}: '{strangers[0]}' belongs to no weight of the base model")
-    return wanted
+    fault = misfit(found, wanted)
+    if fault:
+        raise CheckpointError(f"{folder}: {fault}")
 
 
 def _merged(
@@ -130,6 +139,9 @@ def _merged(
 ) -> Stream:  # fmt: skip
     """The base's weights, one stored tensor at a time, each with its part of the adapter."""
     base = open_base(base_dir)
+    fault = misfit(base.shapes, stored_shapes(base_dir))
+    if fault:
+        raise DataError(f"{base_dir}: among its weights, {fault}; an adapter is merged into unquantized weights")
     for name, shape in shapes.items():
         factors = Factors.of(name)
         if factors.a in tensors.shapes:

@@ -35,6 +35,12 @@ _RECORDS = (
     saved.ChunkStorageMetadata, saved.BytesStorageMetadata,
 )  # fmt: skip
 
+# What a damaged pickle raises; nothing of ours runs inside.
+DAMAGE = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
+    MemoryError, RuntimeError,
+)  # fmt: skip
+
 # Everything a metadata file of tensors and plain values consists of. None of these does anything when it is made.
 _ALLOWED: dict[tuple[str, str], object] = {
     ("torch", "Size"): torch.Size,
@@ -77,8 +83,7 @@ class GuardedReader(FileSystemReader):
             content: object = _MetadataUnpickler(path.read_bytes(), path).load()
         except FileNotFoundError:
             raise CheckpointError(f"{self._directory}: {METADATA_NAME} is missing; the shards are incomplete") from None
-        except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            # What a damaged pickle raises; nothing of ours runs inside.
+        except DAMAGE as error:
             raise CheckpointError(f"{path}: not readable ({error}); the file is damaged") from None
         if not isinstance(content, saved.Metadata):
             raise CheckpointError(f"{path}: holds {type(content).__name__} instead of metadata; the file is damaged")

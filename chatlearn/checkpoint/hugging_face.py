@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from chatlearn.checkpoint.architecture import Shapes, stored_shapes
-from chatlearn.checkpoint.documents import read_document, require_schema
+from chatlearn.checkpoint.documents import read_document, require_schema, texts
 from chatlearn.checkpoint.durable import (
     discard_staging,
     failures_named,
     files_below,
-    open_staging,
     publish_folder,
     write_text,
 )
 from chatlearn.checkpoint.loaded_back import CONFIG_NAME, Written, require_loads
+from chatlearn.checkpoint.room import free_bytes, in_words
+from chatlearn.checkpoint.sole_staging import sole_staging
 from chatlearn.checkpoint.weight_files import PlannedFile, WeightWriter, plan_files
 from chatlearn.errors import CheckpointError, ConfigError
 
@@ -37,6 +38,8 @@ MARKER_NAME = "chatlearn_conversion.json"
 SCHEMA_VERSION = 1
 
 WEIGHT_SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"))
+# The key of config.json that says how the base model's own weights are packed; the new ones are not.
+QUANTIZATION = "quantization_config"
 # The one folder of a model directory that belongs to its tokenizer.
 TEMPLATE_FOLDER = "additional_chat_templates"
 
@@ -63,17 +66,19 @@ def write_hugging_face(
     """Write a stream of (Hugging Face name, whole tensor) as a model like ``base_dir``, published in one rename.
 
     Needs memory for one tensor. Every tensor that ``base_dir``'s configuration asks for must come exactly once, in its
-    shape, with finite numbers; a head that is tied is left out. Raises ``CheckpointError`` otherwise and
-    ``ConfigError`` when ``save_dir`` holds something that is not an earlier conversion. ``require_finite=False`` is for
-    keeping what is broken, to look into it later. What was written is loaded back before it gets its name.
+    shape, with finite numbers; a head that is tied is left out. Raises ``CheckpointError`` otherwise and where there is
+    no room, and ``ConfigError`` when ``save_dir`` holds something that is not an earlier conversion, or another process
+    is writing there. ``require_finite=False`` is for keeping what is broken, to look into it later. What was written is
+    loaded back before it gets its name.
     """
     save_dir = save_dir.resolve()
     _require_replaceable(save_dir)
     expected = stored_shapes(base_dir)
-    try:
-        with failures_named(save_dir):
-            staging = open_staging(save_dir)
-            plan = plan_files(expected, DTYPES[dtype], max_file_bytes)
+    plan = plan_files(expected, DTYPES[dtype], max_file_bytes)
+    num_bytes = sum(len(file.header) + max(map(max, file.spans.values()), default=0) for file in plan)
+    _require_room(save_dir, num_bytes)
+    with failures_named(save_dir), sole_staging(save_dir) as staging:
+        try:
             arriving = _checked(tensors, expected, DTYPES[dtype], require_finite=require_finite)
             with WeightWriter(staging, plan) as writer:
                 for name, tensor in arriving:
@@ -82,11 +87,10 @@ def write_hugging_face(
             _write_index(staging, plan)
             _write_companions(base_dir, staging, dtype)
             require_loads(staging, Written(plan, expected, DTYPES[dtype], writer.checksums), base_dir)
-            num_bytes = sum((staging / file.name).stat().st_size for file in plan)
             _write_marker(staging)
             publish_folder(save_dir)
-    finally:
-        discard_staging(save_dir)  # Published it has gone; of what failed nothing should stay on the disk.
+        finally:
+            discard_staging(save_dir)  # Published it has gone; of what failed nothing should stay on the disk.
     return WrittenModel(save_dir, len(expected), num_bytes, tuple(file.name for file in plan))
 
 
@@ -95,6 +99,11 @@ def _require_replaceable(save_dir: Path) -> None:
         return
     if not save_dir.is_dir():
         raise ConfigError(f"{save_dir}: is a file; give a folder to write the model to")
+    if save_dir.is_mount():
+        raise ConfigError(
+            f"{save_dir}: a disk is mounted there, so that no finished folder can take its place; give a folder on "
+            f"that disk, such as {save_dir / 'NAME'}"
+        )
     present = set(files_below(save_dir))
     if not present:
         return
@@ -105,14 +114,20 @@ def _require_replaceable(save_dir: Path) -> None:
         )
     document = read_document(marker)
     require_schema(document, SCHEMA_VERSION, marker)
-    match document:
-        case {"files": [*names]}:
-            foreign = sorted(present - set(names) - {MARKER_NAME})
-        case _:
-            raise CheckpointError(f"{marker}: 'files' is missing; the file is damaged")
+    foreign = sorted(present - set(texts(document, "files", marker)) - {MARKER_NAME})
     if foreign:
         raise ConfigError(
             f"{save_dir}: holds {foreign[0]}, which the earlier conversion did not write; move it away first"
+        )
+
+
+def _require_room(save_dir: Path, num_bytes: int) -> None:
+    """The earlier conversion stays until the new one is complete, so both must have room."""
+    free = free_bytes(save_dir)
+    if free < num_bytes:
+        raise CheckpointError(
+            f"{save_dir}: the model needs {in_words(num_bytes)}, and {in_words(free)} are free on that disk; nothing "
+            "of it was written. Make room there, or choose another disk"
         )
 
 
@@ -156,13 +171,14 @@ def _write_index(staging: Path, plan: tuple[PlannedFile, ...]) -> None:
 
 
 def _write_companions(base_dir: Path, staging: Path, dtype: StoredDtype) -> None:
-    """Everything but the weights: all plain files of the base model, with the dtype of the new weights declared."""
+    """Everything but the weights: all plain files of the base model, with the kind of the new weights declared."""
     for path in sorted(base_dir.iterdir()):
         if path.is_file() and _is_companion(path.name):
             shutil.copyfile(path, staging / path.name)
     if (base_dir / TEMPLATE_FOLDER).is_dir():
         shutil.copytree(base_dir / TEMPLATE_FOLDER, staging / TEMPLATE_FOLDER)
     config = dict(read_document(base_dir / CONFIG_NAME))
+    config.pop(QUANTIZATION, None)
     config["dtype"] = dtype
     if "torch_dtype" in config:  # the older name of the same key, which older readers prefer
         config["torch_dtype"] = dtype

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from chatlearn.checkpoint.architecture import Shapes
@@ -61,12 +61,12 @@ def require_loads(folder: Path, written: Written, base_dir: Path) -> None:
             json.loads(path.read_text(encoding="utf-8"))
     with _silence():
         with _Loading(base_dir / CONFIG_NAME):
-            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _require_tokenizer(folder, base_dir)
         if (folder / GENERATION_NAME).is_file():
             with _Loading(base_dir / GENERATION_NAME):
                 GenerationConfig.from_pretrained(folder, local_files_only=True)
-        _require_names(folder)
+        _require_names(folder, config)
 
 
 def _require_tensors(path: Path, file: PlannedFile, written: Written) -> None:
@@ -111,11 +111,13 @@ def _require_tokenizer(folder: Path, base_dir: Path) -> None:
             tokenizer.apply_chat_template(list(QUESTION), tokenize=False, add_generation_prompt=True)
 
 
-def _require_names(folder: Path) -> None:
+def _require_names(folder: Path, config: PreTrainedConfig) -> None:
     """transformers finds every weight that the model has, and no other; it reads names and shapes only."""
     with _Loading(folder):
         load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained  # annotated as if it returned a model alone
-        _, report = load(folder, device_map="meta", output_loading_info=True, local_files_only=True)
+        # The attention that config.json asks for may not be installed here, and has no part in the names.
+        names_only = {"config": config, "device_map": "meta", "attn_implementation": "eager"}
+        _, report = load(folder, output_loading_info=True, local_files_only=True, **names_only)
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[fault]:
             names = ", ".join(sorted(map(str, report[fault]))[:3])

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from chatlearn.checkpoint.architecture import Shapes
 from chatlearn.checkpoint.blocks import Block, Shard
-from chatlearn.checkpoint.export import TensorSource, require_shapes
+from chatlearn.checkpoint.export import TensorSource
+from chatlearn.checkpoint.fit import require_fit
 from chatlearn.checkpoint.saved_file import DescribedTensor, describe
 from chatlearn.checkpoint.saved_tensors import SavedTensors
-from chatlearn.errors import CheckpointError, ConfigError
-from chatlearn.models.naming import EMBEDDING, TIED_HEAD, StoredPiece
+from chatlearn.errors import CheckpointError
+from chatlearn.models.naming import StoredPiece
 
-RANK_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
+RANK_FILE = re.compile(r"model_world_size_([1-9]\d*)_rank_(\d+)\.pt")
 EXPERT = re.compile(r"(?P<layer>.+\.mlp)\.experts\.(?P<expert>\d+)\.(?P<projection>gate|up|down)_proj\.weight")
 GROUPED = ".group_mlp."
 
@@ -184,10 +184,10 @@ def trained_grouped(tensors: SavedTensors) -> bool:
     return any(GROUPED in name for name in tensors.shapes)
 
 
-def original_sources(folder: Path, tensors: SavedTensors, wanted: Shapes) -> dict[str, TensorSource]:
-    """Where each tensor of a model directory is found; ``wanted`` are their names and shapes.
+def original_sources(folder: Path, tensors: SavedTensors, wanted: Shapes, base_dir: Path) -> dict[str, TensorSource]:
+    """Where each tensor of a model directory is found; ``wanted`` are their names and shapes, as ``base_dir`` asks.
 
-    Raises ``CheckpointError`` for the first that is not there in its shape.
+    Raises ``ConfigError`` where the checkpoint holds others.
     """
     sources: dict[str, TensorSource] = {}
     needed: Shapes = {}
@@ -200,7 +200,7 @@ def original_sources(folder: Path, tensors: SavedTensors, wanted: Shapes) -> dic
         first = int(EXPERT.fullmatch(name)["expert"]) * shape[0]  # pyright: ignore[reportOptionalSubscript] - a group
         sources[name] = TensorSource(group, StoredPiece(name, rows=(first, first + shape[0])))
         needed[group] = (grouped[group] * shape[0], *shape[1:])
-    require_shapes(folder, tensors.shapes, needed)
+    require_fit(folder, tensors.shapes, needed, base_dir)
     return sources
 
 
@@ -212,19 +212,3 @@ def _group(name: str) -> str | None:
     """
     match = EXPERT.fullmatch(name)
     return None if match is None else f"{match['layer']}{GROUPED}{match['projection']}_proj.weight"
-
-
-def require_tied_head(base_dir: Path, tensors: SavedTensors, wanted: Shapes) -> None:
-    """Refuse a head that is not the embedding where the base model says it is; without one it would be lost.
-
-    The original made such heads, all zeros, of tied models that it loaded with ``meta_init``.
-    """
-    if TIED_HEAD in wanted or TIED_HEAD not in tensors.shapes or EMBEDDING not in tensors.shapes:
-        return
-    head: Tensor = tensors.read(TIED_HEAD, torch.float32)
-    if not torch.equal(head, tensors.read(EMBEDDING, torch.float32)):
-        zeros = " (all zeros: meta_init lost it when training began)" if not head.any() else ""
-        raise ConfigError(
-            f"--hf_dir {base_dir}: ties the output head to the embedding, but the checkpoint has a head of its own"
-            f"{zeros}; to keep it, set tie_word_embeddings to false in the config.json of a copy of the base model"
-        )

@@ -32,7 +32,7 @@ STORAGES = {
 }  # fmt: skip
 DAMAGE = (
     pickle.UnpicklingError, zipfile.BadZipFile, EOFError, TypeError, KeyError, IndexError, AttributeError,
-    OverflowError, NotImplementedError,
+    OverflowError, NotImplementedError, MemoryError,
 )  # fmt: skip
 
 # By module and name, what stands for something that a pickle may name.
@@ -118,6 +118,8 @@ def _records(file: BinaryIO, origin: int, length: int, path: Path) -> dict[str, 
             lengths = window.read(LOCAL_HEADER_BYTES)[-4:]
             name_bytes, extra_bytes = (int.from_bytes(lengths[at : at + 2], "little") for at in (0, 2))
             begin = origin + entry.header_offset + LOCAL_HEADER_BYTES + name_bytes + extra_bytes
+            if begin + entry.file_size > origin + length:
+                raise ValueError(f"its entry {entry.filename!r} is said to be longer than the file")
             records[entry.filename.partition("/")[2]] = _Record(path, begin, entry.file_size)
     return records
 
@@ -141,7 +143,8 @@ class _Storage:
         return DescribedTensor(tuple(sizes), numbers)
 
 
-class _Unpickler(pickle.Unpickler):
+# Python's own and not the one in C, which believes a single byte that asks for gigabytes.
+class _Unpickler(pickle._Unpickler):  # pyright: ignore[reportPrivateUsage] - has no other name
     def __init__(self, records: Mapping[str, _Record], path: Path, more: StandIns) -> None:
         super().__init__(io.BytesIO(records["data.pkl"].read()))
         self._records = records
@@ -153,16 +156,16 @@ class _Unpickler(pickle.Unpickler):
             **more,
         }
 
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        stand_in = self._allowed.get((module_name, global_name))
+    def find_class(self, module: str, name: str) -> Any:
+        stand_in = self._allowed.get((module, name))
         if stand_in is None:
             raise CheckpointError(
-                f"{self._path}: wants to load {module_name}.{global_name}, which no checkpoint of tensors contains; "
+                f"{self._path}: wants to load {module}.{name}, which no checkpoint of tensors contains; "
                 "refused, the file may be hostile"
             )
         return stand_in
 
-    def persistent_load(self, pid: Any, /) -> _Storage:
+    def persistent_load(self, pid: Any) -> _Storage:
         match pid:
             case ("storage", torch.dtype() as dtype, str(key), str(), int()):
                 return _Storage(self._records[f"data/{key}"], dtype)

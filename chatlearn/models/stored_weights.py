@@ -86,9 +86,12 @@ def _files_by_name(model_dir: Path) -> dict[str, str]:
     index = model_dir / INDEX_FILE
     if index.is_file():
         try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            found: dict[object, object] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{index}: not a readable index of weights ({error}); download it again") from error
+        if not all(isinstance(file, str) and file for file in found.values()):
+            raise DataError(f"{index}: does not name a file for every tensor; download it again")
+        return cast("dict[str, str]", found)  # JSON's keys are always text
     if (model_dir / SINGLE_FILE).is_file():
         return dict.fromkeys(_names_in(model_dir / SINGLE_FILE), SINGLE_FILE)
     return {name: path.name for path in _numbered_files(model_dir) for name in _names_in(path)}

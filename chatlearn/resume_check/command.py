@@ -11,12 +11,14 @@ from typing import Final, get_args
 
 from chatlearn.checkpoint.layout import latest_complete
 from chatlearn.checkpoint.manifest import read_manifest
+from chatlearn.checkpoint.room import free_bytes, in_words
 from chatlearn.checkpoint.run_state import load_run_state
 from chatlearn.cluster.watchdog import start_watchdog
 from chatlearn.config.layout import TRAINER_CHECKPOINTS, Layout
 from chatlearn.config.schedule import ScheduleName, schedule_name
 from chatlearn.config.schema import GrpoConfig
-from chatlearn.errors import RunError
+from chatlearn.disk_room import size_of_checkpoint
+from chatlearn.errors import ConfigError, RunError
 from chatlearn.observability.sinks import metrics_path
 from chatlearn.resume_check.child import started
 from chatlearn.resume_check.comparison import Comparison, Kind, compare_runs
@@ -52,6 +54,19 @@ def resume_check(trial: Trial, say: Say) -> Comparison:
     return comparison
 
 
+def require_room(config: GrpoConfig, layout: Layout, trial: Trial) -> None:
+    """Raise ``ConfigError`` where the checkpoints of both runs do not fit; what an earlier check left goes before."""
+    size = size_of_checkpoint(config, layout)
+    num_saves = -(-trial.episodes // trial.cut)  # the last episode is saved in any case
+    needed = 2 * num_saves * size.total
+    free = free_bytes(trial.root) + sum(path.lstat().st_size for path in trial.root.rglob("*"))
+    if free < needed:
+        raise ConfigError(
+            f"{trial.root}: the check needs {in_words(needed)} for {num_saves} checkpoints of each of two runs, and "
+            f"{in_words(free)} are free on that disk; use a larger --cut, fewer --episodes, or another output_dir"
+        )
+
+
 def warnings_of(config: GrpoConfig, layout: Layout) -> list[str]:
     """What lets one expect a difference before anything runs."""
     name = schedule_name(config)
@@ -68,13 +83,13 @@ def _stage(say: Say, what: str) -> Generator[None]:
 
 
 def _run(trial: Trial, output: Path, name: str) -> None:
-    with started(trial.command(output), trial.root / f"{name}.log") as child:
+    with started(trial.command(output), trial.log(name)) as child:
         child.finish()
 
 
 def _run_until_saved(trial: Trial) -> None:
     run = trial.interrupted
-    with started(trial.command(run), trial.root / "killed.log") as child:
+    with started(trial.command(run), trial.log("killed")) as child:
         child.wait_for(lambda: saved_episode(run) >= trial.cut, f"episode {trial.cut} was saved too late")
         child.kill()
     child.require_killed()

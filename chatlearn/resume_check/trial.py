@@ -55,6 +55,10 @@ class Trial:
         """The output directory of the run that is killed and goes on."""
         return self.root / "interrupted"
 
+    def log(self, name: str) -> Path:
+        """The file with the messages of one of the runs."""
+        return self.root / f"{name}.log"
+
     def settings(self, output: Path) -> dict[str, str]:
         """The keys that the check sets itself, with the values of the run that writes to ``output``."""
         return {

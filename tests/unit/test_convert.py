@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from chatlearn.checkpoint.convert import convert, export
 from chatlearn.checkpoint.documents import CHECKSUM, checksum_of
 from chatlearn.checkpoint.hugging_face import write_hugging_face
 from chatlearn.checkpoint.layout import begin, publish
-from chatlearn.checkpoint.manifest import Manifest, read_manifest
+from chatlearn.checkpoint.manifest import Manifest, read_manifest, record_file, write_manifest
 from chatlearn.checkpoint.saved_tensors import SavedTensors, open_shards
 from chatlearn.checkpoint.sharded import save_shards
 from chatlearn.errors import CheckpointError, ConfigError, DataError
@@ -198,12 +199,15 @@ def test_an_empty_save_dir_is_used(dense: Run) -> None:
 
 
 def test_a_save_dir_with_other_things_is_left_alone(dense: Run) -> None:
+    mine = dense.output / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not an earlier conversion"):
-        dense.convert(save_dir=dense.base)
+        dense.convert(save_dir=mine)
     with pytest.raises(ConfigError, match="is a file"):
-        dense.convert(save_dir=dense.base / "config.json")
-    with pytest.raises(CheckpointError, match=r"config\.json/here: cannot be written"):
-        dense.convert(save_dir=dense.base / "config.json" / "here")
+        dense.convert(save_dir=mine / "thesis.txt")
+    with pytest.raises(CheckpointError, match=r"thesis\.txt/here: cannot be written"):
+        dense.convert(save_dir=mine / "thesis.txt" / "here")
     dense.convert()
     (dense.save_dir / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds notes\.txt"):
@@ -212,19 +216,18 @@ def test_a_save_dir_with_other_things_is_left_alone(dense: Run) -> None:
 
 
 def test_an_unknown_iteration_lists_those_that_exist(dense: Run) -> None:
-    with pytest.raises(CheckpointError, match=r"no checkpoint of iteration 200; complete ones: 7$"):
-        convert(dense.base, dense.checkpoints, dense.save_dir, iteration=200, groupgemm=False)
-    with pytest.raises(CheckpointError, match=r"complete ones: none"):
+    for iteration in (200, 10**300):
+        with pytest.raises(ConfigError, match=rf"no checkpoint of iteration {iteration}; complete ones: 7$"):
+            convert(dense.base, dense.checkpoints, dense.save_dir, iteration, groupgemm=False)
+    with pytest.raises(ConfigError, match=r"complete ones: none"):
         convert(dense.base, dense.base, dense.save_dir, iteration=7, groupgemm=False)
-    with pytest.raises(CheckpointError, match=r"give the run's save_model/policy_trainer"):
+    with pytest.raises(ConfigError, match=r"give the run's save_model/policy_trainer"):
         convert(dense.base, dense.output / "nowhere", dense.save_dir, iteration=7, groupgemm=False)
 
 
 def test_a_checkpoint_folder_that_is_nearly_right_is_told(dense: Run, tmp_path: Path) -> None:
     for given in (dense.checkpoints / "7", dense.output, dense.checkpoints.parent):
-        with pytest.raises(
-            CheckpointError, match=rf"{given}: no checkpoints in it; --ckpt_dir {dense.checkpoints} has"
-        ):
+        with pytest.raises(ConfigError, match=rf"{given}: no checkpoints in it; --ckpt_dir {dense.checkpoints} has"):
             convert(dense.base, given, tmp_path / "out", iteration=7, groupgemm=False)
 
 
@@ -246,6 +249,9 @@ def test_shards_and_manifests_cannot_name_files_outside_their_folder(dense: Run)
     manifest.write_text(content)
     metadata = dense.checkpoints / "7" / "model" / ".metadata"
     metadata.write_bytes(metadata.read_bytes().replace(b"__0_0.distcp", b"../../../etc"))
+    with pytest.raises(CheckpointError, match=r"model/\.metadata has checksum .* is damaged"):
+        dense.convert()
+    publish_as_it_is(dense)
     with pytest.raises(CheckpointError, match=r"'\.\./\.\./\.\./etc' leads out of the folder"):
         dense.convert()
 
@@ -256,6 +262,13 @@ def test_a_part_that_no_shard_holds_is_not_filled_with_noise(dense: Run) -> None
     partly = SavedTensors(dense.checkpoints, {name: shape}, {name: tensors._shards[name]})
     with pytest.raises(CheckpointError, match=rf"a part of '{name}' is in no file"):
         partly.read(name, torch.float32)
+
+
+def publish_as_it_is(run: Run) -> None:
+    """Whoever changes a shard on purpose changes its checksum too."""
+    folder = run.checkpoints / "7"
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, files=tuple(record_file(folder, file.name) for file in manifest.files)))
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "short shard", "no manifest", "no metadata"])
@@ -311,15 +324,23 @@ def test_a_base_model_of_another_kind_or_size_is_refused(dense: Run, tmp_path: P
         dense.convert(hf_dir=other.base)
     config = json.loads((dense.base / "config.json").read_text())
     (dense.base / "config.json").write_text(json.dumps({**config, "vocab_size": 60}))
-    with pytest.raises(CheckpointError, match=r"embed_tokens.*\(50, 16\).*\(60, 16\)"):
+    with pytest.raises(ConfigError, match=r"embed_tokens.*\(50, 16\).*\(60, 16\).*/config\.json\); give the model"):
         dense.convert()
     (dense.base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(DataError, match=r"(?s)config\.json: transformers cannot read it.*layer_types"):
+    with pytest.raises(DataError, match=r"config\.json: describes no model .*layer_types"):
         dense.convert()
     deeper = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
     (dense.base / "config.json").write_text(json.dumps({**config, **deeper}))
-    with pytest.raises(CheckpointError, match=r"has no 'model\.layers\.2"):
+    with pytest.raises(ConfigError, match=r"has no 'model\.layers\.2"):
         dense.convert()
+    flatter = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    (dense.base / "config.json").write_text(json.dumps({**config, **flatter}))
+    with pytest.raises(ConfigError, match=r"holds 'model\.layers\.1\.\S+' and 10 more, .* does not ask for"):
+        dense.convert()
+    (dense.base / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    with pytest.raises(ConfigError, match=r"holds 'model\.layers\.0\.self_attn\.k_norm\.weight' and 3 more"):
+        dense.convert()
+    assert not dense.save_dir.exists()
     (dense.base / "config.json").unlink()
     with pytest.raises(DataError, match=r"no config\.json"):
         dense.convert()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from chatlearn.checkpoint.convert import ConversionReport, convert
-from chatlearn.checkpoint.original_layout import open_original
+from chatlearn.checkpoint.original_layout import is_original, open_original
 from chatlearn.errors import CheckpointError, ConfigError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -151,11 +152,56 @@ def test_a_base_of_another_size_is_refused(tmp_path: Path) -> None:
     checkpoints_of(tmp_path, "dense")
     shutil.rmtree(tmp_path / "save_model" / "policy_trainer" / "20")
     shutil.copytree(FIXTURES / "original" / "grouped", tmp_path / "save_model" / "policy_trainer" / "20")
-    with pytest.raises(CheckpointError, match=r"20: has no 'model\.layers\.0\.mlp\.gate_proj\.weight'"):
+    with pytest.raises(ConfigError, match=r"20: has no 'model\.layers\.0\.mlp\.gate_proj\.weight'"):
         converted(tmp_path, "dense", groupgemm=False, tied=False)
+
+
+def test_a_size_that_an_archive_only_claims_is_not_believed(tmp_path: Path) -> None:
+    root = checkpoints_of(tmp_path, "dense")
+    path = root / "20" / "model_world_size_4_rank_1.pt"
+    content = bytearray(path.read_bytes())
+    entry = content.find(b"PK\x01\x02")
+    content[entry + 24 : entry + 28] = (0xFFFFFFF0).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"rank_1\.pt: .*data\.pkl' is said to be longer than the file"):
+        open_original(root / "20")
+
+
+def test_a_flipped_bit_asks_for_no_gigabytes(tmp_path: Path) -> None:
+    """Objects in a pickle have numbers; Python's reader in C makes a list as long as the highest that it meets."""
+    root = checkpoints_of(tmp_path, "grouped")
+    path = root / "20" / "model_world_size_2_rank_0.pt"
+    content = bytearray(path.read_bytes())
+    number = content.find(b"r\xbc\x01\x00\x00")  # LONG_BINPUT 444
+    content[number + 4] = 8  # 134 million more
+    path.write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    open_original(root / "20")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_files_of_no_rank_are_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "20").mkdir()
+    (tmp_path / "20" / "model_world_size_0_rank_0.pt").touch()
+    assert not is_original(tmp_path / "20")
+
+
+@pytest.mark.parametrize("extra", ["model.layers.1.mlp.up_proj.weight", "model.rotary_emb.inv_freq"])
+def test_a_tensor_that_the_base_does_not_ask_for_is_not_dropped_silently(tmp_path: Path, extra: str) -> None:
+    root = tmp_path / "save_model" / "policy_trainer"
+    (root / "20").mkdir(parents=True)
+    tensors = {name: whole(name, shape) for name, shape in MADE.CHECKPOINTS["dense"].shapes.items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    torch.save(tensors | {extra: torch.ones(3)}, root / "20" / "model_world_size_1_rank_0.pt")
+    if "rotary" in extra:
+        converted(tmp_path, "dense", groupgemm=False)
+        return
+    with pytest.raises(ConfigError, match=rf"holds '{extra}', which the base model's configuration does not ask for"):
+        converted(tmp_path, "dense", groupgemm=False)
+    assert not (tmp_path / "huggingface").exists()
 
 
 def test_an_unknown_iteration_lists_the_originals_checkpoints_too(tmp_path: Path) -> None:
     root = checkpoints_of(tmp_path, "dense")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of iteration 200; complete ones: 20$"):
+    with pytest.raises(ConfigError, match=r"no checkpoint of iteration 200; complete ones: 20$"):
         convert(base_of(tmp_path, "dense"), root, tmp_path / "huggingface", 200, groupgemm=False)

@@ -24,10 +24,13 @@ from chatlearn.checkpoint.run_state import RunState, save_run_state
 from chatlearn.checkpoint.saved_tensors import open_shards
 from chatlearn.checkpoint.sharded import save_shards
 from chatlearn.cli import main
-from chatlearn.config.layout import TRAINER_CHECKPOINTS
+from chatlearn.config.environment import Environment
+from chatlearn.config.layout import TRAINER_CHECKPOINTS, layout_of
 from chatlearn.config.read import read_config
+from chatlearn.disk_room import size_of_checkpoint
 from chatlearn.errors import ConfigError, RunError
 from chatlearn.observability.describe import is_measured
+from chatlearn.resume_check import command
 from chatlearn.resume_check.child import Child, started
 from chatlearn.resume_check.command import metrics_at_save, require_gone_on, require_proof
 from chatlearn.resume_check.comparison import Kind, compare_runs
@@ -353,6 +356,21 @@ def test_where_a_part_was_not_compared_nothing_is_proved(tmp_path: Path) -> None
     assert compared.equal
     with pytest.raises(RunError, match="to compare of data order, rollouts, a checkpoint after episode 2"):
         require_proof(compared, check)
+
+
+def test_room_for_the_checkpoints_of_both_runs_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = trial(tmp_path, episodes=5, cut=2)
+    config = read_config(QUICKSTART, check.words(check.interrupted))
+    layout = layout_of(config, Environment.read())
+    size = size_of_checkpoint(config, layout).total
+    monkeypatch.setattr(command, "free_bytes", lambda _: 6 * size)
+    command.require_room(config, layout, check)
+    monkeypatch.setattr(command, "free_bytes", lambda _: 6 * size - 1)
+    with pytest.raises(ConfigError, match="for 3 checkpoints of each of two runs"):
+        command.require_room(config, layout, check)
+    check.root.mkdir()
+    (check.root / "left by an earlier one").write_text(" ")
+    command.require_room(config, layout, check)
 
 
 def test_killing_takes_everybody_along(tmp_path: Path) -> None:
