@@ -16,7 +16,6 @@ import torch.distributed.checkpoint as dcp
 from runs import Launcher, actors, descendants, finish, metrics, survivors, trained, wait_until
 from torch.distributed.checkpoint import FileSystemReader
 
-from chatlearn.checkpoint.durable import STAGING_PREFIX
 from chatlearn.checkpoint.run_lock import hold_directory
 
 # The simple engine starts in half the time of vLLM, and what is tested here lies around the engine.
@@ -27,6 +26,7 @@ SMALL = (
     "runtime_args.enable_eval_before_training=False",
     "runtime_args.eval_episode_interval=0",
     "runtime_args.save_episode_interval=100",
+    "models.policy_trainer.save_hf=False",
     "models.reward.num_cpu=1",
 )
 # A loss of one's own whose gradient is infinite.
@@ -35,7 +35,6 @@ def poisoned(inputs, clip):
     return inputs.logprobs * float("inf")
 """
 GONE_WITHIN_S = 10.0
-HUGGING_FACE_OF = "save_model/policy_trainer/{}/huggingface/config.json"
 TOLD_WITHIN_S = 30.0
 AFTER_THE_STEP_S = 4.0  # A step of 32 short answers takes less than one, the evaluation that follows takes many.
 
@@ -149,22 +148,3 @@ def optimizer_steps(checkpoint: Path) -> set[float]:
     state = {name: torch.zeros(()) for name in names}
     dcp.load(state, checkpoint_id=folder, no_dist=True)
     return {float(value) for value in state.values()}
-
-
-def test_a_killed_exporter_costs_nothing(launcher: Launcher, tmp_path: Path) -> None:
-    """In a run whose training waits for its saves; the others are killed in ``test_checkpoint_faults.py``.
-
-    Whether the kill meets its work or a pause: the newcomer makes what is missing.
-    """
-    saving = ("runtime_args.save_episode_interval=1", "runtime_args.keep_checkpoints=0", "runtime_args.num_episode=8")
-    run = launcher.start(tmp_path, *SMALL, *saving, "runtime_args.save_in_background=False")
-    wait_until((tmp_path / HUGGING_FACE_OF.format(2)).exists, run, "second checkpoint")
-    (exporter,) = (row["pid"] for row in actors(tmp_path) if row["role"] == "exporter")
-    os.kill(exporter, signal.SIGKILL)
-    ended = finish(run)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("another one makes the Hugging Face directory") == 1, ended.stderr
-    assert [number for number in range(1, 9) if not (tmp_path / HUGGING_FACE_OF.format(number)).exists()] == []
-    assert list((tmp_path / "save_model").rglob(f"{STAGING_PREFIX}*")) == []
-    assert saved_state(tmp_path, 8)["episode"] == 8
-    assert [row["state"] for row in actors(tmp_path) if row["role"] == "exporter"] == ["finished", "replaced"]
