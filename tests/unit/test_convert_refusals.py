@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from chatlearn.checkpoint.durable import STAGING_PREFIX, checksum, files_below
 from chatlearn.checkpoint.hugging_face import MARKER_NAME, write_hugging_face
 from chatlearn.checkpoint.manifest import Provenance, read_manifest, write_manifest
 from chatlearn.checkpoint.read_once import ReadOnce
+from chatlearn.checkpoint.sole_staging import _is_ours, sole_staging
 from chatlearn.errors import CheckpointError, ConfigError, DataError
 from chatlearn.models.lora import LoraSpec
 
@@ -84,6 +86,15 @@ def test_of_two_conversions_into_one_folder_the_second_is_refused_and_spoils_not
     assert sorted(path.name for path in dense.save_dir.parent.iterdir()) == ["huggingface", "policy_trainer"]
 
 
+def test_a_lock_on_a_staging_folder_that_was_replaced_meanwhile_counts_for_nothing(tmp_path: Path) -> None:
+    with sole_staging(tmp_path / "model") as staging:
+        descriptor = os.open(staging, os.O_RDONLY)  # as somebody has who came before the lock was there
+        shutil.rmtree(staging)
+    staging.mkdir()
+    assert not _is_ours(staging, descriptor)
+    os.close(descriptor)
+
+
 def test_a_head_that_was_trained_is_not_lost_in_a_base_that_has_none(tmp_path: Path) -> None:
     run = make_run(tmp_path, "untied")
     configure(run.base, tie_word_embeddings=True)
@@ -138,11 +149,11 @@ def test_an_adapter_is_not_merged_into_quantized_weights(tmp_path: Path) -> None
     write_manifest(run.checkpoints / "7", replace(manifest, adapter=adapter))
     with pytest.raises(DataError, match=rf"has no tensor '{name}' of a kind that .* give the model that is not quant"):
         run.convert()
-    weights[f"{name}_packed"] = weights.pop(name)
+    weights[f"{name}_packed"] = weights.pop(name).half()
     save_file(weights, run.base / "model.safetensors", metadata={"format": "pt"})
     adapter = replace(manifest.adapter, base_digest=base_digest(run.base))
     write_manifest(run.checkpoints / "7", replace(manifest, adapter=adapter))
-    with pytest.raises(DataError, match=r"has no tensor|among its weights"):
+    with pytest.raises(DataError, match=rf"among its weights, has no '{name}'"):
         run.convert()
 
 
