@@ -79,6 +79,11 @@ def group(cluster: Cluster) -> Group:
 def test_a_stopped_process_is_named_by_who_waits_for_it_and_the_run_goes_on(cluster: Cluster, group: Group) -> None:
     said: list[str] = []
     report_path = cluster.spec.output_dir / "stuck_report.txt"
+
+    def stopped() -> list[str]:
+        """Reports by somebody who looked twice while it was stopped; on a slow machine the first may come before."""
+        return [text for text in said if "its process is stopped" in text]
+
     first, second = group.members
     answers: list[list[str]] = []
 
@@ -92,18 +97,16 @@ def test_a_stopped_process_is_named_by_who_waits_for_it_and_the_run_goes_on(clus
         wait_until(lambda: (words := read_whereabouts(file)) is not None and words.call == "Worker.pause")
         os.kill(second.pid, signal.SIGSTOP)
         try:
-            wait_until(lambda: len(said) > 0)
+            wait_until(lambda: stopped() != [])
         finally:
             os.kill(second.pid, signal.SIGCONT)
         caller.join(PATIENCE_S)
-        wait_until(lambda: len(said) > 1)
+        wait_until(lambda: said[-1].startswith("the run goes on"))
     assert answers == [["rested"]]
-    report, afterwards = said
+    report = stopped()[-1]
     assert "=> waited for by all who wait (driver, worker rank 0): worker rank 1" in report
     assert f"`kill -CONT {second.pid}`" in report
     assert f"worker rank 0 (pid {first.pid} on {first.host}): Worker.ask_to_pause" in report
-    assert "its process is stopped" in report
-    assert "goes on" in afterwards
     full = report_path.read_text()
     assert all(name in full for name in ("Worker.ask_to_pause", "Worker.pause", "collect", "main thread"))
 

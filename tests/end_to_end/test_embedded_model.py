@@ -47,6 +47,7 @@ def test_the_shipped_weights_are_those_of_the_record(shipped: Path) -> None:
     assert model.num_parameters() == record.num_parameters
 
 
+@pytest.mark.long
 @BOTH
 def test_the_shipped_model_solves_about_a_third_and_nearly_all_in_eight_tries(shipped: Path) -> None:
     command = [sys.executable, "embedded/measure.py", "--model", str(shipped), "--prompts", "60"]

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 # What a GPU machine may lack: everything but torch, transformers, safetensors, numpy and what they need; and pytest.
@@ -60,6 +62,7 @@ def test_the_benchmark_of_the_transfer_rehearses_too_and_sees_a_damaged_byte() -
     assert re.search(r"^- tiny-moe: model\.\S+: the bytes that arrived are not", printed, flags=re.MULTILINE)
 
 
+@pytest.mark.long
 def test_the_benchmark_of_checkpoints_rehearses(tmp_path: Path) -> None:
     options = ["--tiny", "--folder", str(tmp_path), "--results", str(tmp_path / "checkpoint.md")]
     command = [sys.executable, "benchmarks/checkpoint.py", *options]
