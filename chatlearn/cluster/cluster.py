@@ -23,6 +23,7 @@ from chatlearn.config.environment import prepare_local_ray
 from chatlearn.errors import RunError, WorkerError
 from chatlearn.observability.actors import Actor, ActorsFile
 
+LISTENER_PATIENCE_S = 10.0
 RAY_TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 LOGS = "logs"
 CLOSE_TIMEOUT_S = 8.0  # Nothing of ours may be alive ten seconds after the end.
@@ -176,6 +177,7 @@ def start_ray(spec: ClusterSpec) -> None:
     """Join ``spec.address``, or start a Ray of our own that listens on the loopback address and asks for a token."""
     common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
     if spec.address is not None:
+        _require_listener(spec.address)
         try:
             ray.init(address=spec.address, **common)
         except (ConnectionError, RuntimeError, RayError) as error:  # RuntimeError: another version of Ray or Python
@@ -186,6 +188,20 @@ def start_ray(spec: ClusterSpec) -> None:
     start_watchdog(os.getpid())
     num_cpus = max(os.cpu_count() or 1, spec.demand.num_slots + spec.demand.num_cpus)
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **common)
+
+
+def _require_listener(address: str) -> None:
+    """Raise ``RunError`` where nobody listens at ``host:port``; Ray itself would try in silence for many minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto" and the like, which Ray looks up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENER_PATIENCE_S).close()
+    except OSError as error:
+        raise RunError(
+            f"cannot join the Ray cluster at RAY_ADDRESS={address}: nobody answers there ({error}); start it with "
+            "'ray start --head', or unset RAY_ADDRESS to have a Ray of the run's own"
+        ) from None
 
 
 def end(member: Member) -> None:

@@ -1,4 +1,4 @@
-"""Gangs of one, two and four ranks, each started when the first test asks for it."""
+"""Gangs of one, two and four ranks, each started when the first test of a file asks for it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import tiny_models
 from gang import Gang, GangOf
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def gang_of() -> Iterator[GangOf]:
-    """The gang of a given size."""
+    """The gang of a given size. To fork one costs little, and threads of Gloo that wait for nothing never rest."""
     gangs: dict[int, Gang] = {}
     with ExitStack() as stack:
 

@@ -1,6 +1,6 @@
 """A gang of processes that form one process group, run one function after another on all ranks, and stay alive.
 
-Starting a process costs seconds, running a case costs tenths: so each world size is started once for all tests.
+Starting a process costs tenths, running a case too: so each world size is started once for all tests of a file.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import ray
 
 from chatlearn.checkpoint.durable import write_text
 from chatlearn.cluster.archive import Archive, Draft
-from chatlearn.cluster.cluster import Cluster, ClusterSpec, Place, Troupe
+from chatlearn.cluster.cluster import Cluster, ClusterSpec, Place, Troupe, start_ray
 from chatlearn.cluster.fanout import Group
 from chatlearn.cluster.interruption import Interrupted, Interruption
 from chatlearn.cluster.placement import Demand
@@ -198,3 +199,14 @@ def test_waiting_can_be_interrupted_where_it_was_said_so(group: Group, interrupt
         Group(group.members, interruption.check).map("sleep", 60.0)
     assert time.monotonic() - begun < 10
     interruption.requested = False
+
+
+def test_an_address_where_nobody_answers_is_said_at_once(tmp_path: Path) -> None:
+    """Ray itself would try for minutes, and say nothing."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"  # bound, so that nobody else is there, and not listening
+        begun = time.monotonic()
+        with pytest.raises(RunError, match=rf"RAY_ADDRESS={address}: nobody answers there"):
+            start_ray(ClusterSpec(address, Demand(blocks=(1,), accelerated=False, num_cpus=0), tmp_path))
+        assert time.monotonic() - begun < 20

@@ -112,7 +112,7 @@ class Bench:
         return worst
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bench(gang_of: GangOf, models: dict[str, Path]) -> Bench:
     return Bench(gang_of, models)
 

@@ -19,7 +19,7 @@ from chatlearn.resume_check.comparison import compare_runs
 LONGEST_TEST_S = 900  # Five starts, which on a busy machine take their time.
 THREE: tuple[Deed, ...] = ("driver in a save", "rank", "rank in a save")
 SEED = 3
-NUM_EPISODES = episodes_for(THREE) + 4  # for the exporter, which dies in the last life
+NUM_EPISODES = episodes_for(THREE) + 2  # for the exporter, which dies in the last life
 HUGGING_FACE_OF = "save_model/policy_trainer/{}/huggingface/config.json"
 SAVING = (
     f"runtime_args.num_episode={NUM_EPISODES}",

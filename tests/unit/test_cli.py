@@ -319,11 +319,11 @@ def test_a_wrong_command_is_status_2(wrong: list[str], capsys: pytest.CaptureFix
     assert capsys.readouterr().err
 
 
-def test_a_missing_checkpoint_is_a_failed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_checkpoint_is_a_wrong_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"convert --hf_dir {tmp_path} --ckpt_dir {tmp_path}/none --save_dir {tmp_path}/out --iter 200 --groupgemm 0"
-    assert main(words.split()) == 1
+    assert main(words.split()) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("the run failed: ")
+    assert said.startswith("wrong configuration or command: ")
 
 
 def test_prepare_passes_its_arguments_on(tmp_path: Path) -> None:
