@@ -57,7 +57,10 @@ def inert_line(config: GrpoConfig) -> str | None:
     written = list(config.origin.inert_keys)
     if not config.runtime_args.use_partial_rollout:
         speaking.discard(PARTIAL)
-        written += [f"{PARTIAL}.{name}" for name in sorted(config.models.partial_rollout_manager.model_fields_set)]
+        # At its default a key says nothing; the configuration that a run writes has them all.
+        section = config.models.partial_rollout_manager
+        wishes = section.model_dump(exclude_unset=True, exclude_defaults=True)
+        written += [f"{PARTIAL}.{name}" for name in sorted(wishes)]
     names: dict[str, None] = {}
     for key in written:
         section = _section(key)

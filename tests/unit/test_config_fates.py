@@ -129,10 +129,13 @@ def test_inert_keys_are_accepted_at_any_value_and_named() -> None:
 
 
 def test_keys_of_partial_rollout_are_named_where_it_is_off() -> None:
-    keys = {"models.partial_rollout_manager.max_rollout_round": 2, "models.partial_rollout_manager.num_gpu": 1}
-    assert inert_line(config_of({**MINIMAL, **keys}, {})) == (
+    wish = {"models.partial_rollout_manager.mini_response_per_prompt": 4}
+    assert inert_line(config_of({**MINIMAL, **wish}, {})) == (
         "keys without effect here (see docs/config.md): models.partial_rollout_manager.*"
     )
+    default = config_of(MINIMAL, {}).models.partial_rollout_manager.mini_response_per_prompt
+    assert inert_line(config_of({**MINIMAL, **dict.fromkeys(wish, default)}, {})) is None, "as a run itself writes it"
+    keys = {**wish, "models.partial_rollout_manager.num_gpu": 1}
     used = config_of(
         {**MINIMAL, **keys}, {"runtime_args.use_partial_rollout": True, "models.policy.num_inference_per_prompt": 32}
     )
