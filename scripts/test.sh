@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs as scripts/quickstart.sh does, plus the development tools; then every check and every test that needs no GPU.
+# Installs as scripts/quickstart.sh does, plus the development tools; then every check and every test that needs no GPU
+# and is not marked as long (scripts/soak.sh --what long).
 # Stops at the first failure with its exit status.
 #
 #   bash scripts/test.sh [pytest arguments]

@@ -193,7 +193,7 @@ def start_ray(spec: ClusterSpec) -> None:
 def _require_listener(address: str) -> None:
     """Raise ``RunError`` where nobody listens at ``host:port``; Ray itself would try in silence for many minutes."""
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal():
+    if "://" in address or not colon or not port.isdecimal():
         return  # "auto" and the like, which Ray looks up
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=LISTENER_PATIENCE_S).close()
